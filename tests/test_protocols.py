@@ -1,0 +1,203 @@
+"""Protocols: trees of the exact shape of each benchmark give FORMATS' counts; positives equal an independent reading; bad trees say so in one sentence."""
+import os, pickle
+import numpy as np
+import pandas as pd
+import pytest
+from pyproj import Geod
+from scipy.io import savemat
+
+from sage.core import MissingPath, UserError
+from sage.geo import to_utm
+from sage.places import make_table
+from sage.protocols import (EvalSet, PROTOCOLS, count_note, folder_protocol, folder_table, frame_numbers, frame_positives, get_protocol, keep_rows, load_benchmark)
+from sage.retrieval import positives_within
+
+
+def touch(folder, names):
+    "Empty files: loading a benchmark reads names only."
+    os.makedirs(folder, exist_ok=True)
+    for name in names: os.close(os.open(f'{folder}/{name}', os.O_CREAT | os.O_WRONLY))
+
+
+def at(easting, northing=0., pano='', zone='17', letter='N'):
+    return f'@{easting:.2f}@{northing:.2f}@{zone}@{letter}@@@{pano}@@@@@@@@.jpg'
+
+
+def grid(n, offset=0.): return [at(500_000 + 30. * (i % 300) + offset, 4_000_000 + 30. * (i // 300), pano=i) for i in range(n)]
+
+
+COUNTED = [p for p in PROTOCOLS.values() if p.queries and p.family != 'msls' and p.layouts[0] == 'folders']
+
+
+@pytest.mark.parametrize('p', [p for p in COUNTED if p.rule == 'radius'], ids=lambda p: p.name)
+def test_counts_of_coordinate_trees(p, tmp_path):
+    base = tmp_path/p.folders[0]/'images'/p.split
+    n = p.database or 9_000
+    touch(base/'database', grid(n)); touch(base/'queries', grid(p.queries, 1.))
+    d, q, positives, notes = load_benchmark(p.name, tmp_path)
+    assert (len(d), len(q)) == (n, p.queries) and notes == []
+    assert len(positives) == len(q) and all(len(x) == 1 for x in positives[:min(n, p.queries)][:50])   # 30 m apart: its own twin only
+
+
+@pytest.mark.parametrize('p', [p for p in COUNTED if p.rule != 'radius'], ids=lambda p: p.name)
+@pytest.mark.parametrize('named', ['plain', 'at'])
+def test_counts_of_frame_trees(p, named, tmp_path):
+    if named == 'at' and p.parts[0] != ('database', 'queries'): pytest.skip('this set only comes as plain folders')
+    make = (lambda i: f'{i}.jpg') if named == 'plain' else lambda i: f'@0@{i * 25 / 1.5:07.1f}@@@@@{i}@@@@@@@@.jpg'
+    d_part, q_part = p.parts[0] if named == 'at' else p.parts[-1]
+    base = tmp_path/p.folders[0]/('images/test' if named == 'at' else '')
+    touch(base/d_part, map(make, range(p.database))); touch(base/q_part, map(make, range(0, p.queries * p.step, p.step)))
+    d, q, positives, notes = load_benchmark(p.name, tmp_path)
+    assert (len(d), len(q)) == (p.database, p.queries) and notes == []
+    number = lambda path: int(os.path.basename(path).split('@')[7]) if named == 'at' else int(os.path.basename(path)[:-4])
+    frames = np.array([number(i) for i in d.image])
+    for i in np.linspace(0, p.queries - 1, 40).astype(int):
+        want = np.flatnonzero(np.abs(frames - number(q.image[i])) <= p.within)
+        assert np.array_equal(positives[i], want)
+
+
+def test_nordland_queries_counted_on_their_own(tmp_path):
+    "Nordland* with its queries named 0, 1, 2 …: query i is frame 10·i."
+    touch(tmp_path/'nordland_subset'/'ref', (f'{i}.jpg' for i in range(301))); touch(tmp_path/'nordland_subset'/'query', (f'{i}.jpg' for i in range(30)))
+    d, q, positives, notes = load_benchmark('nordland*', tmp_path)
+    names = [{int(os.path.basename(d.image[j])[:-4]) for j in positives[i]} for i in range(30)]
+    for i in range(30):
+        n = int(os.path.basename(q.image[i])[:-4]); assert names[i] == {x for x in (10 * n - 1, 10 * n, 10 * n + 1) if 0 <= x <= 300}
+
+
+def test_a_missing_frame_shifts_nothing(tmp_path):
+    touch(tmp_path/'sped'/'ref', (f'{i:07d}.jpg' for i in range(607) if i != 5)); touch(tmp_path/'sped'/'query', (f'{i:07d}.jpg' for i in range(607)))
+    d, q, positives, notes = load_benchmark('sped', tmp_path)
+    assert [len(p) for p in positives].count(0) == 1 and len(positives[5]) == 0
+    assert all(os.path.basename(d.image[p[0]]) == os.path.basename(i) for p, i in zip(positives, q.image) if len(p))
+    assert len(notes) == 1 and 'warning' in notes[0] and '606 / 607' in notes[0] and 'no known variant' in notes[0]
+
+
+def test_pitts_mat_equals_folders(tmp_path):
+    rng = np.random.default_rng(0)
+    xy, asked = rng.uniform(0, 2000, (10_000, 2)), rng.uniform(0, 2000, (6_816, 2))
+    names, q_names = [f'{i // 100:03d}/{i:06d}_pitch1_yaw1.jpg' for i in range(10_000)], [f'{i // 100:03d}/{i:06d}_pitch1_yaw1.jpg' for i in range(6_816)]
+    root = tmp_path/'Pittsburgh'; (root/'datasets').mkdir(parents=True); (root/'queries_real').mkdir()
+    savemat(root/'datasets'/'pitts30k_test.mat', {'dbStruct': dict(whichSet='test', dbImage=np.array(names, dtype=object)[:, None], utmDb=xy.T, qImage=np.array(q_names, dtype=object)[:, None],
+            utmQ=asked.T, numDb=10_000, numQ=6_816, posDistThr=25., posDistSqThr=625., nonTrivPosDistSqThr=100.)})
+    d, q, positives, notes = load_benchmark('pitts30k', tmp_path)
+    assert (len(d), len(q)) == (10_000, 6_816) and notes == ['read from pitts30k_test.mat']
+    assert d.image[101] == str(root/names[101]) and q.image[7] == str(root/'queries_real'/q_names[7])
+    for i in range(0, 6_816, 97): assert np.array_equal(positives[i], np.flatnonzero(((xy - asked[i]) ** 2).sum(1) <= 625.))
+
+
+def write_msls(root, cities=(('cph', 12_556, 498), ('sf', 6_315, 242)), extra=7, more=0):
+    "MSLS-val's csv files in their exact shape: `extra` subtask queries without a positive, `more` queries outside the subtask, two panoramas on each side."
+    for c, (city, n, nq) in enumerate(cities):
+        for role, good, far in (('database', n, 0), ('query', nq, extra if c == 0 else 0)):
+            rest = more if role == 'query' else 0
+            total = good + far + rest + 2
+            folder = root/'train_val'/city/role; os.makedirs(folder/'images', exist_ok=True)
+            key = [f'{city}{role[0]}{i:018d}' for i in range(total)]
+            easting = np.where((np.arange(total) >= good) & (np.arange(total) < good + far), 9e5, 5e5 + 40. * (np.arange(total) % 200)) + (3. if role == 'query' else 0.)
+            northing = 4e6 + 40. * (np.arange(total) // 200) * 1.
+            pano = np.arange(total) >= total - 2
+            pd.DataFrame(dict(key=key, lon=12.5, lat=55.7, ca=0., captured_at='2018-01-01', pano=pano)).to_csv(folder/'raw.csv')
+            pd.DataFrame(dict(key=key, sequence_key='s0', frame_number=np.arange(total))).to_csv(folder/'seq_info.csv')
+            pd.DataFrame(dict(key=key, easting=easting, northing=northing, night=False, control_panel=False, view_direction='Forward', unique_cluster=np.arange(total))).to_csv(folder/'postprocessed.csv')
+            sub = np.ones(total, bool) if role == 'database' else (np.arange(total) < good + far) | pano
+            pd.DataFrame(dict(key=key, all=sub, s2w=False, w2s=False, o2n=False, n2o=False, d2n=False, n2d=False)).to_csv(folder/'subtask_index.csv')
+            touch(folder/'images', (f'{k}.jpg' for k in key))
+
+
+def test_msls_val_by_subtask_is_740_and_by_all_is_more(tmp_path):
+    write_msls(tmp_path/'msls', more=5_150)
+    d, q, positives, notes = load_benchmark('msls_val', tmp_path)
+    assert (len(d), len(q)) == (18_871, 740) and all(len(p) for p in positives)
+    assert any('747' in n and '7 without a positive' in n for n in notes) and not any('warning' in n for n in notes)
+    assert d.city.value_counts().to_dict() == {'cph': 12_556, 'sf': 6_315} and q.city.value_counts().to_dict() == {'cph': 498, 'sf': 242}
+    d, q, positives, notes = load_benchmark('msls_val_all', tmp_path)
+    assert (len(d), len(q)) == (18_871, 740 + 7 + 2 * 5_150) and not any('warning' in n for n in notes)
+
+
+@pytest.mark.parametrize('asked, counts, says', [
+    ('pitts30k', (10_000, 7_608), 'Pitts30k-val'), ('nordland', (27_592, 2_760), 'Nordland*'), ('nordland', (3_450, 3_450), 'Nordland-test'),
+    ('nordland_subset', (27_592, 27_592), 'Nordland**'), ('msls_val', (18_871, 11_084), 'all queries'), ('msls_val_all', (18_871, 740), '(740)'),
+    ('msls_val', (18_871, 747), 'before queries without a positive'), ('sped', (600, 607), 'no known variant')])
+def test_wrong_counts_name_the_variant(asked, counts, says):
+    note = count_note(get_protocol(asked), *counts)
+    assert note.startswith('warning') and says in note and '\n' not in note
+
+
+def test_frame_positives_against_a_plain_reading():
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        d, q, n = rng.permutation(40), rng.integers(-1, 45, 12), int(rng.integers(0, 4))
+        got = frame_positives(q, d, n)
+        for i, f in enumerate(q): assert list(got[i]) == ([] if f < 0 else [j for j, x in enumerate(d) if abs(int(x) - int(f)) <= n])
+
+
+def test_keep_rows_against_names():
+    rng = np.random.default_rng(2)
+    d, q = (make_table(image=[f'/{r}{i}.jpg' for i in range(30)], city='x', place=np.arange(30), easting=0., northing=0.) for r in 'dq')
+    positives = [np.flatnonzero(rng.random(30) < .2) for _ in range(30)]
+    truth = {q.image[i]: {d.image[j] for j in p} for i, p in enumerate(positives)}
+    dk, qk = (np.flatnonzero(rng.random(30) < .6) for _ in range(2))
+    kept = keep_rows(EvalSet(d, q, positives, []), dk, qk)
+    left = set(kept.database.image)
+    for i, p in enumerate(kept.positives): assert {kept.database.image[j] for j in p} == truth[kept.queries.image[i]] & left
+
+
+def test_corridor_rule_equals_its_ground_truth(shared):
+    "The one place where the pickled ground truth is read: two frames either way, row by row."
+    folder = shared/'data'/'corridor'
+    if not folder.exists(): pytest.skip('no corridor data')
+    p = folder_protocol(folder); e = load_benchmark(p, folder)
+    assert p.name == 'corridor' and (len(e.database), len(e.queries)) == (111, 111) and e.notes == []
+    for query, refs in np.load(folder/'ground_truth_new.npy', allow_pickle=True):
+        assert list(e.positives[int(query)]) == sorted(map(int, refs))
+    assert folder_protocol(folder, frames=1).within == 1
+
+
+def test_object_arrays_are_never_unpickled(tmp_path):
+    class Boom:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/'ran'),)
+    touch(tmp_path/'walk'/'ref', ['0.jpg', '1.jpg']); touch(tmp_path/'walk'/'query', ['0.jpg', '1.jpg'])
+    with open(tmp_path/'walk'/'ground_truth_new.npy', 'wb') as f: pickle.dump(Boom(), f)
+    load_benchmark(folder_protocol(tmp_path/'walk'), tmp_path/'walk')
+    assert not (tmp_path/'ran').exists()
+
+
+@pytest.mark.parametrize('radius', [10., 25., 50.])
+def test_daejeon_positives_equal_geodesic(shared, radius):
+    folder = shared/'data'/'daejeon520'
+    if not folder.exists(): pytest.skip('no daejeon520 data')
+    sides = []
+    for name in ('database', 'query'):
+        df = pd.read_csv(folder/f'{name}.csv', header=None, names=['id', 'lat', 'lon'], skipinitialspace=True).dropna()
+        e, n, zone = to_utm(df.lat.to_numpy(), df.lon.to_numpy(), zone='52N')
+        sides.append((df, make_table(image=[f'/{i}.jpg' for i in df.id], city='daejeon', place=np.arange(len(df)), easting=e, northing=n, zone=zone)))
+    (db, d), (qu, q) = sides
+    got, geod = positives_within(q, d, radius), Geod(ellps='WGS84')
+    for i in range(0, len(q), 7):
+        near = np.flatnonzero(np.hypot(d.easting - q.easting[i], d.northing - q.northing[i]) < radius + 5)
+        real = geod.inv(np.full(len(near), qu.lon.iloc[i]), np.full(len(near), qu.lat.iloc[i]), db.lon.to_numpy()[near], db.lat.to_numpy()[near])[2]
+        for j, metres in zip(near, real):
+            if abs(metres - radius) > .05: assert (j in got[i]) == (metres <= radius), (i, j, metres)
+
+
+@pytest.mark.parametrize('spoil, says', [
+    (lambda t: None, 'was not found'),
+    (lambda t: touch(t/'pitts30k'/'images'/'test'/'database', grid(2)), 'images/test/queries'),
+    (lambda t: (touch(t/'pitts30k'/'images'/'test'/'database', grid(2)), os.makedirs(t/'pitts30k'/'images'/'test'/'queries')), 'holds no images'),
+    (lambda t: (touch(t/'pitts30k'/'images'/'test'/'database', ['a.jpg']), touch(t/'pitts30k'/'images'/'test'/'queries', grid(2))), 'a.jpg'),
+    (lambda t: (touch(t/'pitts30k'/'images'/'test'/'database', ['@x@y@.jpg']), touch(t/'pitts30k'/'images'/'test'/'queries', grid(2))), '@x@y@'),
+    (lambda t: (os.makedirs(t/'pitts30k'), (t/'pitts30k'/'pitts30k_test.mat').write_bytes(b'junk')), 'not a MATLAB file'),
+    (lambda t: (os.makedirs(t/'pitts30k'), savemat(t/'pitts30k'/'pitts30k_test.mat', {'other': 1})), 'dbImage'),
+    (lambda t: (os.makedirs(t/'pitts30k'), savemat(t/'pitts30k'/'pitts30k_test.mat', {'dbStruct': dict(dbImage=np.array(['a'], dtype=object), utmDb=np.zeros((2, 3)), qImage=np.array(['q'], dtype=object), utmQ=np.zeros((2, 1)))})), 'coordinates'),
+], ids=['empty root', 'no queries', 'empty queries', 'no coordinates', 'bad coordinates', 'junk mat', 'mat without struct', 'mat of wrong length'])
+def test_bad_trees_are_one_sentence(spoil, says, tmp_path):
+    spoil(tmp_path)
+    with pytest.raises(UserError) as e: load_benchmark('pitts30k', tmp_path)
+    assert says in str(e.value) and '\n' not in str(e.value)
+
+
+def test_unknown_names():
+    with pytest.raises(UserError, match='no benchmark is called'): get_protocol('imagenet')
+    with pytest.raises(MissingPath): load_benchmark('sped', '/nowhere/at/all')
+    with pytest.raises(MissingPath): folder_protocol('/nowhere/at/all')

@@ -1,0 +1,161 @@
+"""Train the backbone that ships with the package, `sage_nano`, on pictures this project draws itself.
+
+    python tools/train_nano.py --out sage/weights/sage_nano.safetensors
+
+1. Draw poses in procedural towns named `nano-00`, `nano-01`, … (seed 90210; no demo, test or benchmark uses these) and
+   photograph each pose twice, under two different conditions, plus once at a plain noon without traffic.
+2. Train the ViT so that (a) each patch token, through one linear layer, tells what its patch looks like at that plain noon
+   and how far away it is, whatever the hour, weather and traffic; (b) the class token of the two photographs of a pose agree
+   and those of other poses in the same two towns do not (InfoNCE). All heads are thrown away. For the first four
+   fifths of the time the ViT sees a random half of the patches, which doubles its speed.
+No real image and no place label enters. The loss curve and every argument go into a JSON file beside the weights.
+"""
+import argparse, json, math, time
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from sage.backbone import nano_vit
+from sage.core import stream
+from sage.render import CONDITIONS, Camera, Condition, Photographer, draw_condition
+from sage.town import Town, headings
+
+SEED, SIZE, PATCH = 90210, 112, 14
+NOON = Condition('noon', sun=50, cloud=.3, noise=0., exposure=1.)
+
+
+def draw_camera(town, rng):
+    "A pose in a street: mostly along it, sometimes to the side."
+    line = town.streets[rng.integers(len(town.streets))]
+    at = int(rng.integers(8, len(line) - 8))
+    turn = rng.normal(0, 18) if rng.random() < .6 else rng.uniform(-180, 180)
+    x, y = line[at] + rng.uniform(-2.5, 2.5, 2)
+    return Camera(x, y, rng.uniform(1.3, 2.8), headings(line)[at] + turn + 180 * (rng.random() < .5), rng.normal(0, 4), rng.normal(0, 2), rng.uniform(60, 100))
+
+
+def nudge(camera, rng):
+    "Nearly the same pose."
+    j = rng.normal(0, 1, 5)
+    return Camera(camera.x + .4 * j[0], camera.y + .4 * j[1], camera.z + .1 * j[2], camera.heading + 2 * j[3], camera.pitch + 1.5 * j[4], camera.roll, camera.fov)
+
+
+def photograph_town(number, poses):
+    "Pairs of photographs [n, 2, S, S, 3], their noon pictures at half size [n, 2, S/2, S/2, 3] and log distances by patch [n, 2, 64]."
+    rng = stream(SEED, 'nano', number)
+    town = Town(SEED + number, f'nano-{number:02d}', blocks=(2, 3), facades=int(rng.integers(6, 14)), colours=int(rng.integers(6, 12)))
+    plain = Photographer(town, NOON); plain.things = plain.things[:len(town.trees) + len(town.lamps)]; plain.lamplight = plain.lamplight[:len(plain.things)]
+    drives = [Photographer(town, draw_condition(kind, rng)) for kind in CONDITIONS for _ in range(2)]
+    out = np.zeros((poses, 2, SIZE, SIZE, 3), np.uint8), np.zeros((poses, 2, SIZE // 2, SIZE // 2, 3), np.uint8), np.zeros((poses, 2, 64), np.float16)
+    for i in range(poses):
+        first = draw_camera(town, rng)
+        for j, camera in enumerate((first, nudge(first, rng))):
+            out[0][i, j] = drives[rng.integers(len(drives))](camera, SIZE)
+            noon, scene = plain(camera, SIZE, scene=True)
+            out[1][i, j] = noon.reshape(SIZE // 2, 2, SIZE // 2, 2, 3).mean((1, 3))
+            near = np.log1p(np.minimum(scene.distance, 200)).reshape(8, PATCH, 8, PATCH)
+            out[2][i, j] = near.mean((1, 3)).ravel() / 5
+    return out
+
+
+def photograph(towns, poses, workers):
+    from concurrent.futures import ProcessPoolExecutor
+    with ProcessPoolExecutor(workers) as pool:
+        parts = list(pool.map(photograph_town, range(towns), [poses] * towns))
+    return [np.concatenate(p) for p in zip(*parts)]
+
+
+def patches_of(noon):
+    "Noon pictures [B, 56, 56, 3] as one target vector for each patch [B, 64, 147], each patch's own mean kept, contrast raised."
+    x = noon.float().div(255).sub(.45).div(.25).reshape(-1, 8, 7, 8, 7, 3).permute(0, 1, 3, 2, 4, 5).reshape(len(noon), 64, 147)
+    mean = x.mean(-1, keepdim=True)
+    return mean + (x - mean) * 1.5
+
+
+class Learner(torch.nn.Module):
+    "The ViT with its two passing heads."
+    def __init__(self, vit):
+        super().__init__()
+        self.vit, c = vit, vit.embed_dim
+        self.look, self.far = torch.nn.Linear(c, 147), torch.nn.Linear(c, 1)
+        self.agree = torch.nn.Sequential(torch.nn.Linear(c, 256), torch.nn.GELU(), torch.nn.Linear(256, 128))
+        self.register_buffer('mean', torch.tensor([.485, .456, .406]).view(3, 1, 1)); self.register_buffer('std', torch.tensor([.229, .224, .225]).view(3, 1, 1))
+
+    def some_tokens(self, x, keep):
+        "The ViT on a random share of each picture's patches: tokens [B, 1+n, C] and which patches they are [B, n]."
+        v, n = self.vit, round(64 * keep)
+        x = v.patch_embed(x) + v.pos_embed[:, 1:]
+        kept = torch.rand(len(x), 64).argsort(1)[:, :n].sort(1).values
+        x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
+        x = torch.cat([(v.cls_token + v.pos_embed[:, :1]).expand(len(x), -1, -1).to(x.dtype), x], 1)
+        return v.norm(v.blocks(x)), kept
+
+    def forward(self, photos, noon, far, keep):
+        x = (photos.permute(0, 3, 1, 2).float().div(255) - self.mean) / self.std
+        x = (x + .15 * torch.randn(len(x), 3, 1, 1)) * (1 + .15 * torch.randn(len(x), 1, 1, 1))
+        tokens, kept = self.some_tokens(x, keep)
+        look = F.mse_loss(self.look(tokens[:, 1:]).float(), patches_of(noon).gather(1, kept[..., None].expand(-1, -1, 147)))
+        distance = F.mse_loss(self.far(tokens[:, 1:]).float()[..., 0], far.float().gather(1, kept))
+        z = F.normalize(self.agree(tokens[:, 0]).float(), dim=-1)
+        a, b = z[0::2], z[1::2]
+        scores, answer = a @ b.T / .1, torch.arange(len(a))
+        agree = (F.cross_entropy(scores, answer) + F.cross_entropy(scores.T, answer)) / 2
+        return look, distance, agree
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--out', type=Path, required=True)
+    p.add_argument('--towns', type=int, default=24); p.add_argument('--poses', type=int, default=600)
+    p.add_argument('--minutes', type=float, default=40, help='length of the training; the schedule follows the clock'); p.add_argument('--batch', type=int, default=64, help='poses in a batch')
+    p.add_argument('--lr', type=float, default=1e-3); p.add_argument('--workers', type=int, default=2); p.add_argument('--agree', type=float, default=.2)
+    p.add_argument('--pictures', type=Path, help='keep the photographs in this .npz and reuse them')
+    a = p.parse_args()
+    if a.pictures and a.pictures.exists():
+        data = [np.load(a.pictures)[k] for k in ('photos', 'noon', 'far')]
+    else:
+        start = time.time(); data = photograph(a.towns, a.poses, a.workers)
+        print(f'{2 * len(data[0])} photographs in {time.time() - start:.0f} s', flush=True)
+        if a.pictures: np.savez(a.pictures, **dict(zip(('photos', 'noon', 'far'), data)))
+    data = [torch.from_numpy(d) for d in data]
+    torch.manual_seed(SEED)
+    timm.layers.set_fused_attn(False)  # PyTorch's fused attention is slow backwards in bfloat16 on a CPU
+    learner = Learner(nano_vit()).train()
+    decay = [q for q in learner.parameters() if q.ndim > 1]; rest = [q for q in learner.parameters() if q.ndim <= 1]
+    opt = torch.optim.AdamW([dict(params=decay, weight_decay=.05), dict(params=rest, weight_decay=0.)], lr=a.lr, betas=(.9, .98))
+    generator, start, step, curve = torch.Generator().manual_seed(SEED), time.time(), 0, []
+    while (done := (time.time() - start) / (a.minutes * 60)) < 1:
+        rows = draw_rows(a, generator)
+        photos, noon, far = (d[rows].flatten(0, 1) for d in data)
+        if torch.rand((), generator=generator) < .5: photos, noon, far = photos.flip(2), noon.flip(2), far.view(-1, 8, 8).flip(2).reshape(-1, 64)
+        for g in opt.param_groups: g['lr'] = a.lr * min(1, (step + 1) / 200) * (.5 + .5 * math.cos(math.pi * done))
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            look, distance, agree = learner(photos, noon, far, keep=.5 if done < .8 else 1.)
+        loss = look + distance * 2 + a.agree * agree
+        opt.zero_grad(); loss.backward()
+        torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.); opt.step()
+        step += 1
+        if step % 50 == 0:
+            curve.append([step, round(look.item(), 4), round(distance.item(), 4), round(agree.item(), 4)])
+            print(f'{done:5.1%} step {step} look {look:.3f} distance {distance:.4f} agree {agree:.3f}  {step * 2 * a.batch / (time.time() - start):.0f} images/s', flush=True)
+        if step % 500 == 0: save(learner.vit, a, curve, step)
+    save(learner.vit, a, curve, step)
+
+
+def draw_rows(a, generator):
+    "Poses of a batch: half from one town, half from another, so that the pictures to tell apart are of one style."
+    towns = torch.randperm(a.towns, generator=generator)[:2]
+    return torch.cat([t * a.poses + torch.randperm(a.poses, generator=generator)[:a.batch // 2] for t in towns])
+
+
+def save(vit, a, curve, step):
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.detach().half().contiguous() for k, v in vit.state_dict().items()}, a.out)
+    card = dict(seed=SEED, towns=a.towns, poses=a.poses, minutes=a.minutes, batch=a.batch, lr=a.lr, agree=a.agree, steps=step, curve_columns=['step', 'look', 'distance', 'agree'], curve=curve)
+    a.out.with_suffix('.json').write_text(json.dumps(card, indent=1))
+
+
+if __name__ == '__main__': main()
