@@ -7,32 +7,34 @@ __all__ = ['NANO', 'check_size', 'nano_vit', 'resample_positions', 'check_vit', 
            'tensors_only', 'weights_folder', 'file_sha256', 'pack_nano', 'packaged_nano', 'hub_reachable',
            'explain_mismatch', 'make_vit', 'fingerprint']
 
-# %% ../nbs/11_backbone.ipynb #d35349c4
+# %% ../nbs/11_backbone.ipynb #a9b95bbc
 import hashlib, pickle, struct, urllib.error, urllib.request
 from importlib import resources
 from pathlib import Path
 import huggingface_hub, safetensors, safetensors.torch, timm, torch
 import torch.nn.functional as F
+from fastcore.basics import patch
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from .core import MissingPath, UserError, atomic
 from .dpn import DynamicPowerNorm
 
-# %% ../nbs/11_backbone.ipynb #1b4f2798
+# %% ../nbs/11_backbone.ipynb #e2bc9476
 def check_size(size, patch=14): # TEMPORARY until 05_images
     h, w = (size, size) if isinstance(size, int) else size
     for v in (h, w):
         if v % patch or v < patch: raise UserError(f'image size {h}×{w} is no multiple of the patch {patch}: use {max(v//patch, 1)*patch} or {(v//patch+1)*patch}')
     return h, w
 
-# %% ../nbs/11_backbone.ipynb #2a2fa512
+# %% ../nbs/11_backbone.ipynb #e87753fd
 NANO = dict(img_size=112, patch_size=14, embed_dim=192, depth=12, num_heads=6, mlp_ratio=3, init_values=1.0, num_classes=0)
 
 def nano_vit() -> VisionTransformer: # random weights
     "The vision transformer behind `sage_nano`: patch 14, native size 112² (8 × 8 patches)."
     return VisionTransformer(**NANO)
 
-# %% ../nbs/11_backbone.ipynb #f2dd2110
+# %% ../nbs/11_backbone.ipynb #3e67c8c6
 def resample_positions(
     positions:torch.Tensor, # patch positions on the native grid [1, rows·cols, C], row-major
     native:tuple, # native grid (rows, cols)
@@ -45,7 +47,7 @@ def resample_positions(
     out = F.interpolate(picture, scale_factor=scale, mode='bicubic', antialias=False)
     return out.flatten(2).transpose(1, 2).to(positions.dtype)
 
-# %% ../nbs/11_backbone.ipynb #017c9c0e
+# %% ../nbs/11_backbone.ipynb #9e021f84
 def check_vit(
     vit:nn.Module, # a timm model
     name:str='the model', # for the message
@@ -56,11 +58,17 @@ def check_vit(
            'it has register or distillation tokens' if vit.num_prefix_tokens != 1 else
            'it has no learned position embedding' if vit.pos_embed is None else
            'it has no LayerNorm over its tokens' if isinstance(vit.norm, nn.Identity) else
+           'its patches are not cut by one convolution' if not isinstance(vit.patch_embed, PatchEmbed) else
            'its patches are not square' if len(set(vit.patch_embed.patch_size)) != 1 else '')
     if why: raise UserError(f'{name} cannot be a SAGE backbone: {why}; choose a plain vision transformer, for instance vit_base_patch14_dinov2.lvd142m')
     return vit
 
-# %% ../nbs/11_backbone.ipynb #9ef3e734
+# %% ../nbs/11_backbone.ipynb #bba90b01
+def _drop_mask_token(module, state, prefix, *_):
+    "DINOv2's weights hold a `mask_token` used in its pretraining only."
+    state.pop(prefix + 'model.mask_token', None)
+
+# %% ../nbs/11_backbone.ipynb #06909863
 class Backbone(nn.Module):
     "A frozen vision transformer with a DPN after each of its last blocks (SAGE, arXiv 2509.25723); the DPNs and the final LayerNorm train."
     def __init__(self,
@@ -88,47 +96,35 @@ class Backbone(nn.Module):
         self.model.eval()
         return self
 
+    def fuse(self,
+        on:bool=True, # False: attention step by step, as published code computes it
+    ):
+        "Choose fused attention (quicker, less memory) or the plain one; they agree to about six digits."
+        for m in self.model.modules():
+            if hasattr(m, 'fused_attn'): m.fused_attn = on
+        return self
+
     def grid(self,
         images:torch.Tensor, # [B, 3, H, W]
     ) -> tuple: # (rows, cols)
         "Patches down and across; UserError where H or W is no multiple of the patch."
         return tuple(side // self.patch for side in check_size(tuple(images.shape[-2:]), self.patch))
 
-    def embed(self,
-        images:torch.Tensor, # [B, 3, H, W]
-    ) -> torch.Tensor:
-        "Patches with their positions, class token first [B, 1+L, C]."
-        vit, grid = self.model, self.grid(images)
-        x = vit.patch_embed.norm(vit.patch_embed.proj(images).flatten(2).transpose(1, 2))
-        cls, pos = vit.cls_token.expand(len(x), -1, -1), vit.pos_embed
-        if not vit.no_embed_class: cls, pos = cls + pos[:, :1], pos[:, 1:]
-        return vit.norm_pre(torch.cat([cls, x + resample_positions(pos, vit.patch_embed.grid_size, grid)], 1))
-
-    def prefix(self,
-        images:torch.Tensor, # [B, 3, H, W], normalised
-    ) -> torch.Tensor:
-        "Tokens before the first DPN [B, 1+L, C], the same in every epoch; no autograd unless `images` or an unfrozen block require it."
-        check_images(images, self.model.patch_embed.proj.in_channels)
-        asked = images.requires_grad or any(p.requires_grad for p in self.model.blocks.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and asked):
-            return self.model.blocks[:self.frozen_blocks](self.embed(images))
-
-    def suffix(self,
-        tokens:torch.Tensor, # output of `prefix` [B, 1+L, C]
-        keep:dict|None=None, # where given, gets `exponents`, one [B] for each DPN
-        power:bool=True, # False leaves the DPNs out
-    ) -> tuple: # (cls [B, C], patches [B, L, C])
-        "The last blocks with their DPNs, and the final LayerNorm."
-        x = tokens.to(self.model.norm.weight.dtype)
-        for i, dpn in enumerate(self.gpn_norms):
-            if i: x = self.model.blocks[self.frozen_blocks + i - 1](x)
-            if power: x = dpn(x, keep)
-        x = self.model.norm(x)
-        return x[:, 0], x[:, 1:]
-
     def forward(self, images, keep=None): return self.suffix(self.prefix(images), keep)
 
-# %% ../nbs/11_backbone.ipynb #47da4b97
+# %% ../nbs/11_backbone.ipynb #3e9e4ba3
+@patch
+def embed(self:Backbone,
+    images:torch.Tensor, # [B, 3, H, W]
+) -> torch.Tensor:
+    "Patches with their positions, class token first [B, 1+L, C]."
+    vit, grid = self.model, self.grid(images)
+    x = vit.patch_embed.norm(vit.patch_embed.proj(images).flatten(2).transpose(1, 2))
+    cls, pos = vit.cls_token.expand(len(x), -1, -1), vit.pos_embed
+    if not vit.no_embed_class: cls, pos = cls + pos[:, :1], pos[:, 1:]
+    return vit.norm_pre(torch.cat([cls, x + resample_positions(pos, vit.patch_embed.grid_size, grid)], 1))
+
+# %% ../nbs/11_backbone.ipynb #453fef4c
 def check_images(
     images:torch.Tensor, # a batch
     channels:int=3, # channels the backbone expects
@@ -137,12 +133,33 @@ def check_images(
     if images.ndim != 4 or images.shape[1] != channels or not images.is_floating_point():
         raise UserError(f'images must be a float tensor [N, {channels}, H, W], got {images.dtype} {list(images.shape)}')
 
-# %% ../nbs/11_backbone.ipynb #4c65d788
-def _drop_mask_token(module, state, prefix, *_):
-    "DINOv2's weights hold a `mask_token` used in its pretraining only."
-    state.pop(prefix + 'model.mask_token', None)
+# %% ../nbs/11_backbone.ipynb #19ad1c38
+@patch
+def prefix(self:Backbone,
+    images:torch.Tensor, # [B, 3, H, W], normalised
+) -> torch.Tensor:
+    "Tokens before the first DPN [B, 1+L, C], the same in every epoch; no autograd unless `images` or an unfrozen block require it."
+    check_images(images, self.model.patch_embed.proj.in_channels)
+    asked = images.requires_grad or any(p.requires_grad for p in self.model.blocks.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and asked):
+        return self.model.blocks[:self.frozen_blocks](self.embed(images))
 
-# %% ../nbs/11_backbone.ipynb #76d730bd
+# %% ../nbs/11_backbone.ipynb #fefa19f6
+@patch
+def suffix(self:Backbone,
+    tokens:torch.Tensor, # output of `prefix` [B, 1+L, C]
+    keep:dict|None=None, # where given, gets `exponents`, one [B] for each DPN
+    power:bool=True, # False leaves the DPNs out
+) -> tuple: # (cls [B, C], patches [B, L, C])
+    "The last blocks with their DPNs, and the final LayerNorm."
+    x = tokens.to(self.model.norm.weight.dtype)
+    for i, dpn in enumerate(self.gpn_norms):
+        if i: x = self.model.blocks[self.frozen_blocks + i - 1](x)
+        if power: x = dpn(x, keep)
+    x = self.model.norm(x)
+    return x[:, 0], x[:, 1:]
+
+# %% ../nbs/11_backbone.ipynb #848ae5ce
 def read_tensors(
     path:str|Path, # .safetensors, or a file written by torch.save
 ) -> dict: # name → tensor
@@ -155,7 +172,7 @@ def read_tensors(
         if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
     return tensors_only(state, path)
 
-# %% ../nbs/11_backbone.ipynb #8ccdb8bd
+# %% ../nbs/11_backbone.ipynb #0379dd8d
 _UNREADABLE = (safetensors.SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError, struct.error)
 
 def _read_file(path):
@@ -171,7 +188,7 @@ def tensors_only(
         raise UserError(f'{source} holds no state dict (names with tensors); is it the checkpoint of another program?')
     return {k.removeprefix('module.'): v for k, v in state.items()}
 
-# %% ../nbs/11_backbone.ipynb #ab4ea7dc
+# %% ../nbs/11_backbone.ipynb #fa102476
 def weights_folder() -> Path:
     "Where the packaged weights lie."
     return Path(str(resources.files('sage') / 'weights'))
@@ -202,7 +219,7 @@ def packaged_nano(
     if listed.get(path.name) != file_sha256(path): raise UserError(f'{path} differs from its checksum in checksums.txt: the file is damaged, reinstall sage-vpr')
     return read_tensors(path)
 
-# %% ../nbs/11_backbone.ipynb #d5fefc8d
+# %% ../nbs/11_backbone.ipynb #26af3b44
 def hub_reachable(
     timeout:float=5., # seconds
 ) -> bool:
@@ -215,7 +232,7 @@ def hub_reachable(
     except OSError: return False
     return True
 
-# %% ../nbs/11_backbone.ipynb #1ef13aeb
+# %% ../nbs/11_backbone.ipynb #65df85e2
 def _blank_vit(name):
     "The architecture `name` on the meta device (no memory, no download), checked."
     try:
@@ -239,7 +256,7 @@ def explain_mismatch(
     parts = {'missing': set(want) - set(got), 'left over': set(got) - set(want), 'of another shape': {k for k in set(want) & set(got) if tuple(want[k]) != tuple(got[k])}}
     if any(parts.values()): raise UserError(f'{source} does not fit the model: ' + '; '.join(f'{what}: {some(keys)}' for what, keys in parts.items() if keys))
 
-# %% ../nbs/11_backbone.ipynb #969ada4d
+# %% ../nbs/11_backbone.ipynb #a7d24e1d
 def _timm_vit(name, pretrained):
     "A timm model with weights from the cache, the network or the file `pretrained`."
     blank = _blank_vit(name)
@@ -258,7 +275,7 @@ def _timm_vit(name, pretrained):
     vit.pretrained_cfg.pop('state_dict', None)
     return vit
 
-# %% ../nbs/11_backbone.ipynb #e6cc530d
+# %% ../nbs/11_backbone.ipynb #27dc8f0f
 def make_vit(
     name:str, # 'sage_nano' or a timm name
     pretrained:bool|str|Path=True, # True: packaged, cached or downloaded weights; a path: that file; False: random
@@ -273,7 +290,7 @@ def make_vit(
     state = packaged_nano() if pretrained is True else read_tensors(pretrained)
     return _load_strictly(vit, state, 'the packaged sage_nano' if pretrained is True else pretrained)
 
-# %% ../nbs/11_backbone.ipynb #130dbc1d
+# %% ../nbs/11_backbone.ipynb #301529a0
 def fingerprint(
     backbone:Backbone,
 ) -> str:

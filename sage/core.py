@@ -6,7 +6,7 @@
 __all__ = ['UserError', 'MissingPath', 'existing', 'seed_of', 'stream', 'torch_stream', 'pick_device', 'pick_precision',
            'cache_dir', 'data_root', 'atomic', 'peak_memory']
 
-# %% ../nbs/00_core.ipynb #16b52209
+# %% ../nbs/00_core.ipynb #0deb9b1a
 import hashlib, os, shutil, sys, uuid
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# %% ../nbs/00_core.ipynb #23893f7c
+# %% ../nbs/00_core.ipynb #bd0ba7b9
 class UserError(ValueError):
     "Input that cannot be used: one sentence naming the file, row or value, and the remedy. Commands exit with code 2."
 
 class MissingPath(UserError, FileNotFoundError):
     "A file or folder that is not there."
 
-# %% ../nbs/00_core.ipynb #3bad5b54
+# %% ../nbs/00_core.ipynb #10afefc2
 def existing(
     path,               # file or folder
     kind='folder',      # 'folder' or 'file'
@@ -33,7 +33,7 @@ def existing(
     if path.is_dir() != (kind == 'folder'): raise UserError(f'{path} is not a {kind}; {remedy}')
     return path
 
-# %% ../nbs/00_core.ipynb #81b0861c
+# %% ../nbs/00_core.ipynb #a42065d3
 def _digest(seed, names):
     "32 bytes for a seed and a path of names; each part is preceded by its length, so ('ab', 'c') and ('a', 'bc') differ."
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
@@ -41,7 +41,7 @@ def _digest(seed, names):
     parts = [str(p).encode() for p in (seed, *names)]
     return hashlib.sha256(b''.join(b'%d:%s' % (len(p), p) for p in parts)).digest()
 
-# %% ../nbs/00_core.ipynb #67326168
+# %% ../nbs/00_core.ipynb #4a02f13e
 def seed_of(
     seed:int, # the experiment's seed, 0 or more
     *names,   # what the numbers are for, e.g. 'batches', 3
@@ -63,7 +63,7 @@ def torch_stream(
     "A torch generator (on the CPU) of its own for (`seed`, `names`), the same in every process."
     return torch.Generator().manual_seed(seed_of(seed, *names))
 
-# %% ../nbs/00_core.ipynb #b74d920b
+# %% ../nbs/00_core.ipynb #63b68db4
 def _has_device(device):
     "Whether torch can compute on `device` here."
     if device.type == 'cuda': return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
@@ -80,7 +80,7 @@ def pick_device(
     if not _has_device(device): raise UserError(f"device '{device}' is not available on this machine; use auto or cpu")
     return device
 
-# %% ../nbs/00_core.ipynb #e7eefbbb
+# %% ../nbs/00_core.ipynb #aa0b8bf9
 def pick_precision(
     name='auto',  # 'auto', '32', 'bf16', '16' or Lightning's '32-true', 'bf16-mixed', '16-mixed'
     device='cpu', # the device it is for
@@ -95,7 +95,7 @@ def pick_precision(
     if full == '16-mixed' and device.type != 'cuda': raise UserError(f"precision 16 needs a CUDA device, not '{device}'; use bf16 or 32")
     return full
 
-# %% ../nbs/00_core.ipynb #13c33eae
+# %% ../nbs/00_core.ipynb #fe0b245c
 def cache_dir(
     *parts, # folders below it
 ) -> Path:
@@ -108,7 +108,7 @@ def data_root(
     "Folder of data sets: `path`, else $SAGE_DATA, else `cache_dir('data')`. It is not created."
     return Path(path or os.environ.get('SAGE_DATA') or cache_dir('data')).expanduser().absolute()
 
-# %% ../nbs/00_core.ipynb #f224d1c9
+# %% ../nbs/00_core.ipynb #287ac9a1
 def _remove(path):
     "Remove a file or a folder, if it is there."
     if path.is_dir(): shutil.rmtree(path)
@@ -139,7 +139,7 @@ def atomic(
         finally: os.close(handle)
     finally: _remove(temporary)
 
-# %% ../nbs/00_core.ipynb #f53b2b90
+# %% ../nbs/00_core.ipynb #3d4303c9
 def peak_memory() -> float: # bytes
     "The largest resident memory this process has had so far, in bytes."
     status = Path('/proc/self/status')

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SoftWeighting', 'Pointwise', 'probe', 'assemble', 'SoftProbing']
 
-# %% ../nbs/12_probing.ipynb #6621ee8b
+# %% ../nbs/12_probing.ipynb #a1875d08
 import torch
 from torch import nn
 import torch.nn.functional as F
 from .core import UserError
 from .dpn import DynamicPowerNorm, full_precision, wide
 
-# %% ../nbs/12_probing.ipynb #f7333638
+# %% ../nbs/12_probing.ipynb #69b98d42
 class SoftWeighting(nn.Module):
     "Scale each patch by 1 + β, where β in (0, α) is learned from the patch's norm (SAGE, arXiv 2509.25723, Soft Probing)."
     def __init__(self,
@@ -33,9 +33,9 @@ class SoftWeighting(nn.Module):
             s = torch.linalg.vector_norm(wide(x), dim=dim) + 1e-6
             beta = self.alpha * self.predictor(s.unsqueeze(-1)).squeeze(-1).sigmoid()
         if keep is not None: keep.update(norms=s.flatten(1), beta=beta.flatten(1))
-        return x * (1 + beta.unsqueeze(dim)).to(x.dtype)
+        return x + x * beta.unsqueeze(dim).to(x.dtype)
 
-# %% ../nbs/12_probing.ipynb #7504d5b7
+# %% ../nbs/12_probing.ipynb #3c178f76
 class Pointwise(nn.Conv2d):
     "A 1×1 convolution applied to tokens [B, L, in] → [B, L, out] as a matrix product."
     def __init__(self,
@@ -45,7 +45,7 @@ class Pointwise(nn.Conv2d):
 
     def forward(self, x): return F.linear(x, self.weight.flatten(1), self.bias)
 
-# %% ../nbs/12_probing.ipynb #9a300cfa
+# %% ../nbs/12_probing.ipynb #83dab101
 def probe(
     f:torch.Tensor, # compressed features [B, L, D]
     scores:torch.Tensor, # probe scores before the softmax [B, L, K]
@@ -56,7 +56,7 @@ def probe(
         f = f - f.mean((1, 2), keepdim=True)
         return f.transpose(1, 2) @ attention / f.shape[1], attention
 
-# %% ../nbs/12_probing.ipynb #bf1201f2
+# %% ../nbs/12_probing.ipynb #ed875d28
 def assemble(
     token:torch.Tensor, # global token [B, G]
     M:torch.Tensor, # probed features [B, D, K]
@@ -66,12 +66,12 @@ def assemble(
         columns = F.normalize(wide(M), dim=1).flatten(1)
         return F.normalize(torch.cat([F.normalize(wide(token), dim=1), columns], 1), dim=1)
 
-# %% ../nbs/12_probing.ipynb #c56c8609
+# %% ../nbs/12_probing.ipynb #b7047289
 def _drop_single_branch(module, state, prefix, *_):
     "Published weights hold a `single_branch` that nothing uses."
     for key in [k for k in state if k.startswith(prefix + 'single_branch.')]: del state[key]
 
-# %% ../nbs/12_probing.ipynb #8ef44aa1
+# %% ../nbs/12_probing.ipynb #b33a96a4
 class SoftProbing(nn.Module):
     "Patches and class token to one descriptor: soft weighting, probes, power norm (SAGE, arXiv 2509.25723, Soft Probing)."
     def __init__(self,

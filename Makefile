@@ -1,0 +1,41 @@
+# make demo | test | lab: each builds the environment first where there is none.
+#   PYTHON=python3.12   the Python to build it from
+#   PY=/path/to/python  use an environment of your own instead
+#   ARGS='--dev'        options passed on (demo)
+PYTHON ?= python3
+export PYTHONPATH := $(CURDIR)
+
+find_py = py="$(PY)"; [ -n "$$py" ] || py=$$($(PYTHON) tools/env.py) || exit 1
+bin = $$(dirname "$$(command -v "$$py")")
+
+help:
+	@echo 'make demo             train on an embedded town and recognise places in another'
+	@echo 'make test             every check of the project'
+	@echo 'make quick            the same without the slow ones'
+	@echo 'make lab              the notebooks in JupyterLab'
+	@echo 'make env              only the environment; prints its python'
+	@echo 'make export           notebooks -> sage/'
+	@echo 'make clean-notebooks  strip what a notebook does not need'
+
+env:
+	@$(find_py); echo "$$py"
+
+demo:
+	@$(find_py); "$$py" tools/command.py sage_demo $(ARGS)
+
+test:
+	@$(find_py); "$$py" tools/check.py
+
+quick:
+	@$(find_py); "$$py" tools/check.py quick
+
+lab:
+	@$(find_py); "$(bin)/jupyter" lab nbs $(ARGS)
+
+export:
+	@$(find_py); "$(bin)/nbdev_export"
+
+clean-notebooks:
+	@$(find_py); "$(bin)/nbdev_clean"
+
+.PHONY: help env demo test quick lab export clean-notebooks

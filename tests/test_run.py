@@ -1,0 +1,121 @@
+"The run folder: what a crash, a careless user or a damaged copy may leave behind."
+import json, os, signal, subprocess, sys, time
+import numpy as np, pandas as pd, pytest
+from hypothesis import given, settings, strategies as st
+from sage.core import MissingPath, UserError
+from sage.run import Run, append_line, checkpoint_paths, plain, read_lines
+
+def tables(n=5, seed=0):
+    g = np.random.default_rng(seed)
+    nodes = pd.DataFrame(dict(node=range(n), city='a', place=range(n), easting=g.random(n), northing=0., lat=0., lon=0., image='x.jpg', seed_score=g.random(n)))
+    edges = pd.DataFrame(dict(src=[0], dst=[1], d_geo=[3.], d_vis=[.5], affinity=[-1.5], kind=['near'], state=['new']))
+    cliques = pd.DataFrame(dict(batch=[0], slot=[0], place=[1], image=[2], rank=[0], mean_affinity=[-1.]))
+    return nodes, edges, cliques, g.random((n, 4))
+
+@pytest.fixture
+def run(tmp_path): return Run.create(tmp_path/'run', dict(seed=0))
+
+def test_every_cut_of_the_metrics_reads(tmp_path):
+    whole = b'{"epoch": 0, "loss": 1.5}\n{"epoch": 1, "loss": 0.25}\n'
+    for cut in range(len(whole) + 1):
+        path = tmp_path/'m.jsonl'
+        path.write_bytes(whole[:cut])
+        assert len(read_lines(path)) == whole[:cut].count(b'\n')
+        append_line(path, dict(epoch=9))
+        rows = read_lines(path)
+        assert rows[-1] == dict(epoch=9) and len(rows) == whole[:cut].count(b'\n') + 1
+
+def test_half_line_longer_than_a_block(tmp_path):
+    path = tmp_path/'m.jsonl'
+    path.write_bytes(b'{"a": 1}\n{"b": "' + b'x' * 200_000)
+    append_line(path, dict(c=3))
+    assert read_lines(path) == [dict(a=1), dict(c=3)]
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda s: st.lists(s) | st.dictionaries(st.text(), s), max_leaves=20))
+def test_plain_is_always_json(value):
+    assert json.loads(json.dumps(plain(value), allow_nan=False)) == plain(value)
+
+def test_damaged_line_is_named(run):
+    (run.path/'metrics.jsonl').write_bytes(b'{"epoch": 0}\n[1]\n')
+    with pytest.raises(UserError, match='line 2'): run.metrics()
+
+def test_create_refuses_and_open_explains(run, tmp_path):
+    with pytest.raises(UserError, match='already'): Run.create(run.path, {})
+    with pytest.raises(MissingPath, match='no such run folder'): Run(tmp_path/'none')
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(UserError, match='config.json'): Run(tmp_path/'empty')
+    (tmp_path/'file').write_text('')
+    with pytest.raises(UserError, match='in the way'): Run.create(tmp_path/'file', {})
+    (run.path/'config.json').write_text('{"seed":')
+    with pytest.raises(UserError, match='not readable as JSON'): run.config
+
+def test_metrics_kinds_and_nan(run):
+    run.log(epoch=0, loss=float('nan'))
+    run.log(kind='step', epoch=1, step=1, loss=np.float32(2))
+    assert list(run.metrics().epoch) == [0] and run.metrics().loss.isna().all()
+    assert list(run.metrics('step').loss) == [2.]
+
+@pytest.mark.parametrize('name,read', [(f'{n}.parquet', n) for n in ('nodes', 'edges', 'cliques')] + [('descriptors.npy', 'descriptors'), ('attention.npz', 'attention')])
+def test_truncated_file_is_named(run, name, read):
+    run.write_epoch(0, *tables(), attention=dict(beta=np.zeros((2, 64))))
+    path = run.path/'epochs'/'0000'/name
+    size = path.stat().st_size
+    for keep in (0, 7, size // 2, size - 9):
+        data = path.read_bytes()
+        path.write_bytes(data[:keep])
+        with pytest.raises(UserError, match=name): getattr(run, read)(0)
+        path.write_bytes(data)
+    path.unlink()
+    with pytest.raises(MissingPath, match=name): getattr(run, read)(0)
+
+def test_no_pickle(run):
+    run.write_epoch(0, *tables())
+    np.save(run.path/'epochs'/'0000'/'descriptors.npy', np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError): run.descriptors(0)
+
+def test_best_needs_a_checkpoint(run):
+    assert run.best() is None
+    for e, r in enumerate((40., 70., 70.)): run.log(epoch=e, **{'a/recall@1': r, 'b/recall@1': -r})
+    assert run.best() is None
+    for e in range(3): checkpoint_paths(run, e)[0].write_bytes(b'')
+    assert run.best() == 1 and run.best('b') == 0 and run.best(k=5) is None
+
+def test_truncate(run):
+    for e in range(3):
+        run.log(kind='step', epoch=e, step=e)
+        run.log(epoch=e)
+        run.write_epoch(e, *tables(seed=e))
+        for p in checkpoint_paths(run, e): p.write_bytes(b'')
+    keep = (run.path/'notes.txt', run.path/'.DS_Store', run.path/'epochs'/'.hidden')
+    for p in keep: p.write_text('mine')
+    (run.path/'checkpoints'/'.0002.resume-0123abcd.safetensors').write_bytes(b'half')
+    run.truncate(1)
+    assert run.epochs() == [0, 1] and run.resumable() == [0, 1] and set(run.metrics('').epoch) == {0, 1}
+    assert all(p.exists() for p in keep) and not list((run.path/'checkpoints').glob('.0002*'))
+
+KILLED = '''
+import sys, numpy as np, pandas as pd
+sys.path[:0] = {path!r}
+from test_run import tables
+from sage.run import Run
+run = Run({run!r})
+print('go', flush=True)
+for e in range(10_000):
+    run.write_epoch(e, *tables(2000, e)); run.log(epoch=e, loss=1/(e+1))
+'''
+
+def test_kill_while_writing(run):
+    "SIGKILL at a few moments: whatever is listed opens, the metrics read, and writing goes on."
+    here = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
+    for wait in (.01, .1, .3):
+        p = subprocess.Popen([sys.executable, '-c', KILLED.format(path=here, run=str(run.path))], stdout=subprocess.PIPE)
+        p.stdout.readline()
+        time.sleep(wait)
+        p.send_signal(signal.SIGKILL); p.wait()
+        p.stdout.close()
+        epochs = run.epochs()
+        assert epochs == list(range(len(epochs)))
+        for e in epochs[-2:]: assert len(run.nodes(e)) == 2000 and run.descriptors(e).shape == (2000, 4)
+        assert len(epochs) - len(run.metrics()) in (0, 1)
+        run.truncate(-1)
+        assert not run.epochs() and not list((run.path/'epochs').iterdir())
