@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['COUNTS', 'seed_scores', 'greedy', 'greedy_clique', 'Ground', 'ground', 'random_float', 'take_cliques']
 
-# %% ../nbs/21_clique.ipynb #5e15c847
+# %% ../nbs/21_clique.ipynb #4c7b9af3
 from typing import NamedTuple
 
 import numpy as np
 
+from .bits import bit_count, grown, jit, list_cliques, lowest_bit, set_bit
 from .core import UserError
-from .graph import GeoSide, bit_count, geo_cliques, grown, jit, list_cliques, lowest_bit, set_bit
+from .graph import GeoSide, geo_cliques
 
-# %% ../nbs/21_clique.ipynb #737bf4ff
+# %% ../nbs/21_clique.ipynb #51c2b3af
 @jit
 def _scores(W):
     N = len(W)
@@ -39,7 +40,7 @@ def seed_scores(
     "S(i) = Σ_{j≠i} W_ij/(N−1) (METHOD §5). Raises `UserError` for weights that are not square."
     return _scores(_weights(weights))
 
-# %% ../nbs/21_clique.ipynb #68fc92a9
+# %% ../nbs/21_clique.ipynb #51abd80f
 @jit
 def greedy(
     W, # float64 [N, N], no NaN, no +inf; the diagonal is not looked at
@@ -66,7 +67,7 @@ def greedy_clique(
     if int(k) != k or not 1 <= k <= len(W): raise UserError(f'cannot take {k} of {len(W)} nodes; k must be 1 to {len(W)}')
     return greedy(W, int(k))
 
-# %% ../nbs/21_clique.ipynb #5b319e7f
+# %% ../nbs/21_clique.ipynb #e8e6f1d1
 @jit
 def _adjacency(nodes, local, indptr, indices):
     "Who is joined to whom among `nodes`, as bits [n, W]; `local` numbers them and is -1 elsewhere."
@@ -115,7 +116,7 @@ def _settle(sets, changed, adjacent, alive, k):
         left += 1
     return left, sizes[:left]
 
-# %% ../nbs/21_clique.ipynb #5879d806
+# %% ../nbs/21_clique.ipynb #1e678035
 class Ground(NamedTuple):
     "What `GeoSide` knows, as arrays for compiled code: four kinds of compressed sparse rows."
     near_ptr: np.ndarray     # image -> images within the radius
@@ -173,7 +174,7 @@ def _searched(adjacent, k, limit):
         at += 1 + flat[at]
     return sets
 
-# %% ../nbs/21_clique.ipynb #a3873445
+# %% ../nbs/21_clique.ipynb #5c5ea96d
 @jit
 def random_float(
     state, # uint64 [1], stepped
@@ -185,7 +186,7 @@ def random_float(
     z = (z ^ (z >> np.uint64(27)))*np.uint64(0x94D049BB133111EB)
     return np.float64((z ^ (z >> np.uint64(31))) >> np.uint64(11))/2.**53
 
-# %% ../nbs/21_clique.ipynb #5cfe3c49
+# %% ../nbs/21_clique.ipynb #fdef3289
 COUNTS = ('draws', 'cliques', 'relaxed', 'crowded', 'near', 'few', 'full')    # what `take_cliques` counts; the last three are images
 
 @jit
@@ -229,7 +230,7 @@ def _candidates(draw, ground, taken, stamp):
             if taken[v] != stamp: nodes[n] = v; n += 1; crowded |= ground.crowded[v]
     return nodes[:n], total - n, crowded
 
-# %% ../nbs/21_clique.ipynb #a1351175
+# %% ../nbs/21_clique.ipynb #94feb142
 @jit
 def _one_draw(nodes, crowded, ground, local, seen, taken, stamp, ptr, rows, slots, end, k, min_size, limit, state, counts):
     "Take cliques from among `nodes` until there are `end` slots or none is left. Returns (rows, slots)."

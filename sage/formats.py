@@ -6,7 +6,7 @@
 __all__ = ['GSV_COLUMNS', 'MSLS_CITIES', 'UTM_FIELDS', 'FORMATS', 'gsv_names', 'read_gsv', 'msls_split', 'read_msls',
            'utm_fields', 'utm_name', 'read_utm', 'write_gsv', 'write_msls', 'write_utm', 'detect_format', 'read_places']
 
-# %% ../nbs/04_formats.ipynb #47c3679e
+# %% ../nbs/04_formats.ipynb #7ef82697
 import os, re, shutil, unicodedata, warnings
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from .geo import band_zone, check_latlon, to_latlon, to_utm
 from .photos import IMAGE_SUFFIXES, check_unique, find_photo_csv, list_images, locate_images, numbers, read_csv, read_photos, whole_numbers
 from .places import SPLITS, check_table, fill_table, make_places
 
-# %% ../nbs/04_formats.ipynb #9f82d266
+# %% ../nbs/04_formats.ipynb #4499d82a
 GSV_COLUMNS = ('place_id', 'year', 'month', 'northdeg', 'city_id', 'lat', 'lon', 'panoid')
 
 def gsv_names(
@@ -28,7 +28,7 @@ def gsv_names(
     "Names of GSV-Cities' images, rebuilt from the rows of its csv."
     return [f'{c}_{p:07d}_{y:04d}_{m:02d}_{b:03d}_{lat}_{lon}_{pano}' for p, y, m, b, c, lat, lon, pano in zip(*(df[c] for c in GSV_COLUMNS))]
 
-# %% ../nbs/04_formats.ipynb #9a075541
+# %% ../nbs/04_formats.ipynb #8e9e39ed
 def _folder_name(name, source):
     "`name`, if it can be the name of a folder. Raises `UserError`."
     if not name or name.startswith('.') or re.search(r'[/\\:\0]', name): raise UserError(f'{source}: {name!r} cannot be the name of a city; use letters and digits')
@@ -49,7 +49,7 @@ def _read_gsv_city(root, path):
     date = [f'{y:04d}-{m:02d}' if y else '' for y, m in zip(df.year, df.month)]
     return fill_table(image=image, city=df.city_id, place=df.place_id, easting=easting, northing=northing, zone=zone, heading=df.northdeg % 360., time=date)
 
-# %% ../nbs/04_formats.ipynb #4cb02885
+# %% ../nbs/04_formats.ipynb #b686716d
 def _choose(found, cities, where):
     "The chosen entries of `found`, a dict by name. Raises `MissingPath` for an unknown one."
     cities = [cities] if isinstance(cities, str) else list(found) if cities is None else list(cities)
@@ -70,7 +70,7 @@ def read_gsv(
     parts = [_read_gsv_city(folder.parent, path) for path in _choose(found, cities, folder).values()]
     return check_table(pd.concat(parts, ignore_index=True), folder)
 
-# %% ../nbs/04_formats.ipynb #3ca446e1
+# %% ../nbs/04_formats.ipynb #a60cd599
 MSLS_CITIES = {
     'train': 'trondheim london boston melbourne amsterdam helsinki tokyo toronto saopaulo moscow zurich paris bangkok budapest austin berlin ottawa phoenix goa amman nairobi manila'.split(),
     'val': ['cph', 'sf'],
@@ -92,7 +92,7 @@ def _spellings(name):
     words = re.findall(r'[a-z0-9]+', unicodedata.normalize('NFKD', name.replace('ø', 'o').replace('Ø', 'o')).encode('ascii', 'ignore').decode().lower())
     return {_OTHER_NAMES.get(w, w) for w in [*words, ''.join(words)]}
 
-# %% ../nbs/04_formats.ipynb #33a38f58
+# %% ../nbs/04_formats.ipynb #f60ea2e7
 def _msls_cities(folder, split, cities):
     "The city folders to read for a split. Raises `UserError` for one that MSLS holds out for another split, `MissingPath` for one that is not there."
     found = _visible(p for p in folder.iterdir() if p.is_dir())
@@ -104,7 +104,7 @@ def _msls_cities(folder, split, cities):
     if not chosen: raise UserError(f"{folder} holds no city for the split '{split}' (MSLS: {', '.join(MSLS_CITIES[split])}); found: {', '.join(found) or 'none'}")
     return chosen
 
-# %% ../nbs/04_formats.ipynb #32282ff8
+# %% ../nbs/04_formats.ipynb #bb277ef5
 def _flags(df, column, path):
     "A text column as booleans; blank is False."
     text = df[column].str.strip().str.lower()
@@ -129,7 +129,7 @@ def _in_subtask(side, keys):
     if len(df) != len(keys): raise UserError(f'{path} has {len(df):,} rows where seq_info.csv has {len(keys):,}; is the download complete?')
     return _flags(df, 'all', path)
 
-# %% ../nbs/04_formats.ipynb #eda46a65
+# %% ../nbs/04_formats.ipynb #c13a9afe
 def _zone_of(lat, lon, easting, northing):
     "The UTM zone in which (lat, lon) lie at (easting, northing) to 100 m, judged by the median of a hundred rows; '' where there is none."
     rows = np.flatnonzero(np.isfinite(lat) & np.isfinite(lon))
@@ -141,7 +141,7 @@ def _zone_of(lat, lon, easting, northing):
         if np.median(np.hypot(e - easting[rows], n - northing[rows])) < 100: return zone
     return ''
 
-# %% ../nbs/04_formats.ipynb #8deb335e
+# %% ../nbs/04_formats.ipynb #b12a04da
 def _read_msls_side(folder, role, split, queries):
     "One side of a city: its csv files joined by key, without panoramas, for queries of val and test only the subtask's if so asked."
     side = existing(folder/_SIDES[role], remedy='each city of MSLS holds database/ and query/')
@@ -168,7 +168,7 @@ def _msls_labels(side, keys, keep):
         place=whole_numbers(post, 'unique_cluster', path2), easting=easting, northing=northing, zone=_zone_of(lat, lon, easting, northing), time=raw['captured_at'].to_numpy(),
         heading=numbers(raw, 'ca', path, needed=False) % 360, condition=np.where(_flags(post, 'night', path2), 'night', 'day'))
 
-# %% ../nbs/04_formats.ipynb #4841b273
+# %% ../nbs/04_formats.ipynb #2f273c0b
 def read_msls(
     root:str|Path,     # the folder that holds train_val/ (and test/)
     split='train',     # 'train', 'val' or 'test'
@@ -187,7 +187,7 @@ def read_msls(
     warnings.warn(f'{folder} comes without coordinates and places: its images can be described, but nothing measured on them')
     return df
 
-# %% ../nbs/04_formats.ipynb #3b338e17
+# %% ../nbs/04_formats.ipynb #2f1839ce
 UTM_FIELDS = tuple('easting northing zone letter lat lon pano_id tile heading pitch roll height timestamp note'.split())
 
 def utm_fields(
@@ -211,7 +211,7 @@ def _band(number, letter):
     try: return band_zone(number, letter)
     except UserError: return ''
 
-# %% ../nbs/04_formats.ipynb #1a61efb2
+# %% ../nbs/04_formats.ipynb #aedf14dd
 def utm_name(
     easting:float,      # metres
     northing:float,     # metres
@@ -234,7 +234,7 @@ def _letter(lat, zone):
     band = int(np.clip((lat + 80)//8, *((10, 19) if zone[-1] == 'N' else (0, 9))))
     return 'CDEFGHJKLMNPQRSTUVWX'[band]
 
-# %% ../nbs/04_formats.ipynb #4e56b579
+# %% ../nbs/04_formats.ipynb #17e037be
 def _utm_sets(root):
     "(city, split, folder) of each folder below `root`, or `root` itself, that holds database/ or queries/."
     has = lambda p: (p/'database').is_dir() or (p/'queries').is_dir()
@@ -249,7 +249,7 @@ def _utm_cities(root):
     "`_utm_sets` of a folder, or of each folder in it."
     return _utm_sets(root) or [s for p in _visible(p for p in root.iterdir() if p.is_dir()).values() for s in _utm_sets(p)]
 
-# %% ../nbs/04_formats.ipynb #cd6873f7
+# %% ../nbs/04_formats.ipynb #fd8703fb
 def _read_utm_side(city, split, folder, role):
     "Table of one folder, and what its names say about places."
     paths = list_images(folder) if folder.is_dir() else []
@@ -279,7 +279,7 @@ def read_utm(
     tables, tiles = zip(*(_read_utm_side(*s[:2], s[2]/name, role) for s in chosen for name, role in (('database', 'database'), ('queries', 'query'))))
     return check_table(_utm_places(pd.concat(tables, ignore_index=True), sum(tiles, [])), root)
 
-# %% ../nbs/04_formats.ipynb #f11dedc8
+# %% ../nbs/04_formats.ipynb #8cfdf9c6
 def _new_folder(df, root, suffixes):
     "The empty folder to write `df` into. Raises `UserError` for a folder in use, an image that is absent or of another kind, or a city that cannot name a folder."
     check_table(df)
@@ -309,12 +309,12 @@ def _latlon(df):
         if zone: lat[rows], lon[rows] = to_latlon(df.easting.to_numpy()[rows], df.northing.to_numpy()[rows], zone)
     return lat, lon
 
-# %% ../nbs/04_formats.ipynb #e7c7e723
+# %% ../nbs/04_formats.ipynb #9016c266
 def _gsv_frame(df, city):
     "A city's csv. Raises `UserError` for a row that GSV-Cities cannot hold."
     lat, lon = _latlon(df)
     for column, bad, why in (('zone', np.isnan(lat), 'latitude and longitude'), ('heading', df.heading.isna().to_numpy(), 'a bearing'), ('place', (df.place < 0).to_numpy(), 'place numbers from 0')):
-        if bad.any(): raise UserError(f'{df.image.iloc[bad.argmax()]} has {column} {df[column].iloc[bad.argmax()]!r}, but GSV-Cities needs {why} for every image')
+        if bad.any(): raise UserError(f'{df.image.iloc[bad.argmax()]} has {column} {str(df[column].iloc[bad.argmax()])!r}, but GSV-Cities needs {why} for every image')
     date = [re.match(r'(\d{4})(?:-(\d\d))?', t) for t in df.time]
     return pd.DataFrame(dict(place_id=df.place.to_numpy(), year=[int(d[1]) if d else 0 for d in date], month=[int(d[2] or 0) if d else 0 for d in date], northdeg=df.heading.round().astype(int).to_numpy() % 360,
                              city_id=city, lat=[f'{v:.9f}' for v in lat], lon=[f'{v:.9f}' for v in lon], panoid=_keys(df.image)))
@@ -333,7 +333,7 @@ def write_gsv(
         with atomic(root/'Dataframes'/f'{city}.csv') as file: frame.to_csv(file, index=False)
     return root
 
-# %% ../nbs/04_formats.ipynb #35a56003
+# %% ../nbs/04_formats.ipynb #66e48b74
 _SUBTASKS = ('all', 's2w', 'w2s', 'o2n', 'n2o', 'd2n', 'n2d')
 
 def _msls_frames(df, keys):
@@ -362,7 +362,7 @@ def write_msls(
                 for name, frame in _msls_frames(part[here], keys[here]).items(): frame.to_csv(folder/side/f'{name}.csv')
     return root
 
-# %% ../nbs/04_formats.ipynb #4bd0c296
+# %% ../nbs/04_formats.ipynb #2830a9f4
 def _utm_names(df):
     "A file name for each row, suffix included."
     lat, lon = _latlon(df)
@@ -386,7 +386,7 @@ def write_utm(
                     _lay(part.image[here], [folder/split/side/name for name in names[here]])
     return root
 
-# %% ../nbs/04_formats.ipynb #ee0190f2
+# %% ../nbs/04_formats.ipynb #08737644
 FORMATS = ('gsv', 'msls', 'utm', 'photos')
 
 def detect_format(

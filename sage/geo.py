@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_latlon', 'utm_zone', 'band_zone', 'to_utm', 'to_latlon', 'Neighbors', 'radius_neighbors']
 
-# %% ../nbs/01_geo.ipynb #2a4dac33
+# %% ../nbs/01_geo.ipynb #40dd5db2
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from scipy.spatial import cKDTree
 
 from .core import UserError
 
-# %% ../nbs/01_geo.ipynb #604913a0
+# %% ../nbs/01_geo.ipynb #158898dc
 def check_latlon(
     lat,       # latitudes in degrees [N]
     lon,       # longitudes in degrees [N]
@@ -36,7 +36,7 @@ def _of(source):
     "The file's name as the beginning of a message."
     return f'{source}: ' if source else ''
 
-# %% ../nbs/01_geo.ipynb #d93d0434
+# %% ../nbs/01_geo.ipynb #0ddc2ba1
 def _zone_numbers(lat, lon):
     "UTM zone numbers 1 to 60 of arrays of positions, with the exceptions for Norway and Svalbard."
     number = (np.floor((lon + 180) / 6).astype(int) % 60) + 1
@@ -52,7 +52,7 @@ def utm_zone(
     check_latlon(lat, lon)
     return f'{int(_zone_numbers(np.float64(lat), np.float64(lon)))}{"N" if lat >= 0 else "S"}'
 
-# %% ../nbs/01_geo.ipynb #337846b8
+# %% ../nbs/01_geo.ipynb #e6daed64
 def band_zone(
     number, # zone number 1 to 60
     letter, # latitude band, 'C' to 'X' without I and O
@@ -69,7 +69,7 @@ def _zone_name(zone):
         raise UserError(f"UTM zone {zone!r} is unknown; write the number 1 to 60 and the hemisphere, e.g. '33N' or '56S'")
     return f'{int(text[:-1])}{text[-1]}'
 
-# %% ../nbs/01_geo.ipynb #e3126d92
+# %% ../nbs/01_geo.ipynb #50d6713f
 def _projection(zone):
     "pyproj's projection for a zone name."
     zone = _zone_name(zone)
@@ -102,7 +102,7 @@ def to_latlon(
     lon, lat = _projection(zone)(np.asarray(easting, dtype=float), np.asarray(northing, dtype=float), inverse=True)
     return np.asarray(lat), np.asarray(lon)
 
-# %% ../nbs/01_geo.ipynb #33b27eab
+# %% ../nbs/01_geo.ipynb #47837621
 class Neighbors(NamedTuple):
     "Who is near whom, as compressed sparse rows: row i is `indices[indptr[i]:indptr[i+1]]`, in rising order."
     indptr: np.ndarray    # where each row begins, int64 [M+1]
@@ -118,7 +118,7 @@ class Neighbors(NamedTuple):
         "The neighbours of row `i`."
         return self.indices[self.indptr[i]:self.indptr[i+1]]
 
-# %% ../nbs/01_geo.ipynb #f2eb0480
+# %% ../nbs/01_geo.ipynb #5d41f835
 def _positions(xy, name):
     "`xy` as float64 [N, 2]. Raises `UserError` for another shape or a value that is not finite."
     xy = np.asarray(xy, dtype=float)
@@ -142,7 +142,7 @@ def _rows_to_csr(rows, indices, distances, shape):
     indptr = np.concatenate(([0], np.cumsum(np.bincount(rows, minlength=shape[0]))))
     return Neighbors(indptr, indices[order], distances[order])
 
-# %% ../nbs/01_geo.ipynb #e5e61db2
+# %% ../nbs/01_geo.ipynb #bb429fc8
 def radius_neighbors(
     xy,              # positions in metres [N, 2]
     radius,          # metres

@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'Maps', 'evaluating', 'SAGE', 'create_sage', 'random_init',
            'official_state', 'official_sizes', 'build_sage', 'load_official', 'load_all', 'save_sage', 'read_header',
            'load_sage', 'raw_descriptors']
 
-# %% ../nbs/14_model.ipynb #1b021d47
+# %% ../nbs/14_model.ipynb #d70e55c2
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +23,7 @@ from .backbone import Backbone, explain_mismatch, fingerprint, make_vit, read_te
 from .interact import InteractHead
 from .probing import SoftProbing
 
-# %% ../nbs/14_model.ipynb #c48901ea
+# %% ../nbs/14_model.ipynb #80b93e73
 class Maps(NamedTuple):
     "What the pictures need from one forward pass: N images, L patches, K probes."
     beta:torch.Tensor # soft weights β [N, L]
@@ -33,7 +33,7 @@ class Maps(NamedTuple):
     exponent:torch.Tensor # exponent of the probes' DPN [N]
     grid:tuple # patches (rows, columns), rows·columns = L
 
-# %% ../nbs/14_model.ipynb #750068c0
+# %% ../nbs/14_model.ipynb #0c75c429
 @contextmanager
 def evaluating(
     model:nn.Module, # restored on leaving, module by module
@@ -46,7 +46,7 @@ def evaluating(
     finally:
         for m, mode in modes: m.training = mode
 
-# %% ../nbs/14_model.ipynb #ee2f37fd
+# %% ../nbs/14_model.ipynb #652ad7a3
 class SAGE(nn.Module):
     "Image to place descriptor: frozen backbone with DPNs, Soft Probing, optional InteractHead (SAGE, arXiv 2509.25723)."
     def __init__(self,
@@ -90,13 +90,13 @@ class SAGE(nn.Module):
         with evaluating(self): descriptors = self(images, cross_image, keep).float()
         return (descriptors, _maps(keep, self.backbone.grid(images))) if maps else descriptors
 
-# %% ../nbs/14_model.ipynb #9fc6ac51
+# %% ../nbs/14_model.ipynb #9c9067bd
 def _maps(keep, grid):
     "`Maps` from what the layers kept; the probes' DPN comes last."
     *dpn, exponent = [p.float() for p in keep['exponents']]
     return Maps(keep['beta'].float(), keep['norms'].float(), keep['probes'].float(), torch.stack(dpn, 1), exponent, grid)
 
-# %% ../nbs/14_model.ipynb #88ea59ae
+# %% ../nbs/14_model.ipynb #c755e843
 def create_sage(
     backbone:str='vit_base_patch14_dinov2.lvd142m', # a timm vision transformer, or 'sage_nano'
     pretrained:bool|str|Path=True, # True: packaged, cached or downloaded; a path: that weights file; False: random
@@ -118,7 +118,7 @@ def create_sage(
         probing = SoftProbing(body.dim, **sizes)
         return SAGE(body, probing, InteractHead(probing.dim) if interact else None, config)
 
-# %% ../nbs/14_model.ipynb #e34b737f
+# %% ../nbs/14_model.ipynb #017d6eb7
 @contextmanager
 def random_init(seed):
     "New layers draw their first weights from `seed`; the global CPU generator is put back afterwards."
@@ -126,7 +126,7 @@ def random_init(seed):
         torch.default_generator.manual_seed(seed_of(seed, 'model'))
         yield
 
-# %% ../nbs/14_model.ipynb #0b4ac13e
+# %% ../nbs/14_model.ipynb #85aa7264
 def parameter_table(
     model:SAGE,
 ) -> pd.DataFrame: # part, total, trainable
@@ -140,7 +140,7 @@ def parameter_table(
     rows.append(('sum', list(model.parameters())))
     return pd.DataFrame([(n, sum(p.numel() for p in ps), sum(p.numel() for p in ps if p.requires_grad)) for n, ps in rows], columns=['part', 'total', 'trainable'])
 
-# %% ../nbs/14_model.ipynb #d28670be
+# %% ../nbs/14_model.ipynb #cfd1f6ce
 def official_name(
     name:str, # a name of our state dict
 ) -> str:
@@ -155,7 +155,7 @@ def official_state(
     else: state = tensors_only(source.get('model_state_dict', source) if isinstance(source, dict) else source)
     return {k: v for k, v in state.items() if not k.startswith('aggregator.single_branch.') and k != 'backbone.model.mask_token'}
 
-# %% ../nbs/14_model.ipynb #699e3479
+# %% ../nbs/14_model.ipynb #9bd22c26
 def _shape(state, key):
     "Shape of a tensor that every checkpoint must have."
     if key not in state: raise UserError(f"the checkpoint has no {key}: it is no SAGE checkpoint in the authors' layout")
@@ -178,7 +178,7 @@ def _interact_sizes(state, heads, descriptor_dim):
     return dict(descriptor_dim=descriptor_dim, d_model=_shape(state, first + 'norm1.weight')[0], heads=heads,
                 layers=_count(state, 'encoder.layers.'), ffn=_shape(state, first + 'linear1.weight')[0])
 
-# %% ../nbs/14_model.ipynb #4ce6d272
+# %% ../nbs/14_model.ipynb #0383a420
 def official_sizes(
     state:dict, # as `official_state` gives it
     num_heads:int|None=None, # attention heads of the backbone; C/64 by default
@@ -192,7 +192,7 @@ def official_sizes(
                 body=dict(dpns=_count(state, 'backbone.gpn_norms.'), hidden=_shape(state, 'backbone.gpn_norms.0.projection.0.weight')[0]),
                 interact=_interact_sizes(state, interact_heads, probing['token_dim'] + probing['probe_dim'] * probing['probes']))
 
-# %% ../nbs/14_model.ipynb #c8df7a1d
+# %% ../nbs/14_model.ipynb #538d08cc
 def build_sage(
     sizes:dict, # as `official_sizes` gives it
 ) -> SAGE:
@@ -232,7 +232,7 @@ def load_all(
     explain_mismatch({name(k): v.shape for k, v in ours.items()}, {k: v.shape for k, v in state.items()}, source)
     model.load_state_dict({k: state[name(k)] for k in ours})
 
-# %% ../nbs/14_model.ipynb #6d3cd974
+# %% ../nbs/14_model.ipynb #93c50393
 @patch
 def trainable_state(self:SAGE) -> dict: # name → tensor
     "The trainable tensors of the state dict."
@@ -249,7 +249,7 @@ def load_trainable(self:SAGE,
     explain_mismatch(shapes(self.trainable_state()), shapes(state), source)
     self.load_state_dict(state, strict=False)
 
-# %% ../nbs/14_model.ipynb #324d3566
+# %% ../nbs/14_model.ipynb #36473a7d
 FORMAT = 'sage-vpr 1'
 
 def save_sage(
@@ -264,7 +264,7 @@ def save_sage(
     with atomic(path) as tmp: save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, str(tmp), metadata=header)
     return Path(path)
 
-# %% ../nbs/14_model.ipynb #1f63a484
+# %% ../nbs/14_model.ipynb #7e7ff62c
 def read_header(
     path:str|Path, # a file of `save_sage`
 ) -> dict: # format, model, config, holds, backbone_sha256
@@ -278,7 +278,7 @@ def read_header(
     try: return header | {k: json.loads(header[k]) for k in ('model', 'config')}
     except (KeyError, json.JSONDecodeError) as e: raise UserError(f'{path}: the header of this checkpoint is damaged; save it again') from e
 
-# %% ../nbs/14_model.ipynb #5b929ebe
+# %% ../nbs/14_model.ipynb #0010f2af
 def load_sage(
     path:str|Path, # a file of `save_sage`
     pretrained:bool|str|Path=True, # where the frozen backbone comes from, see `create_sage`
@@ -296,7 +296,7 @@ def load_sage(
         model.load_trainable(state, path)
     return model.eval()
 
-# %% ../nbs/14_model.ipynb #b21606f2
+# %% ../nbs/14_model.ipynb #e4967259
 def raw_descriptors(
     model:SAGE, # a fresh one: training changes the final LayerNorm
     images:torch.Tensor, # normalised [N, 3, H, W]

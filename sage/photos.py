@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'image_names', 'list_images', 'locate_images', 'read_csv', 'numbers', 'whole_numbers',
-           'check_unique', 'open_image', 'photo_label', 'find_photo_csv', 'read_photos']
+           'check_unique', 'image_errors', 'open_image', 'photo_label', 'find_photo_csv', 'read_photos']
 
-# %% ../nbs/03_photos.ipynb #3f7a8ef9
-import os, re, struct
+# %% ../nbs/03_photos.ipynb #aa403741
+import os, re, struct, warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from .core import MissingPath, UserError, existing
 from .geo import check_latlon, to_utm, utm_zone
 from .places import check_table, fill_table, make_places
 
-# %% ../nbs/03_photos.ipynb #5e917184
+# %% ../nbs/03_photos.ipynb #7202cffd
 IMAGE_SUFFIXES = frozenset('.jpg .jpeg .png .webp .bmp .gif .tif .tiff .heic .heif'.split())
 
 def _is_image(name): return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith('.')
@@ -42,7 +43,7 @@ def list_images(
         found += [f'{path}/{name}' for name in names if _is_image(name)]
     return sorted(found)
 
-# %% ../nbs/03_photos.ipynb #f685b240
+# %% ../nbs/03_photos.ipynb #90ec8e74
 def locate_images(
     folder:Path, # holds the images
     stems,       # their names without suffix
@@ -54,7 +55,7 @@ def locate_images(
     if absent: raise MissingPath(f'{source}: {len(absent):,} of the {len(stems):,} images it names are not in {folder}, e.g. {", ".join(absent[:3])}; is the download complete?')
     return [f'{folder}/{names[s]}' for s in stems]
 
-# %% ../nbs/03_photos.ipynb #c2e1b4a4
+# %% ../nbs/03_photos.ipynb #5198b3f1
 def read_csv(
     path:Path,       # the file
     *columns,        # names it must have; 'a|b' asks for a or b and calls it a
@@ -71,7 +72,7 @@ def read_csv(
         if first not in df: raise UserError(f"{path} has no column {' or '.join(map(repr, [first, *others]))}; expected are {wanted}")
     return df
 
-# %% ../nbs/03_photos.ipynb #6e3e1731
+# %% ../nbs/03_photos.ipynb #c72afc36
 def numbers(
     df:pd.DataFrame, # of `read_csv`
     column:str,      # its name
@@ -105,9 +106,20 @@ def check_unique(
     twice = pd.Series(keys, dtype=object).duplicated().to_numpy()
     if twice.any(): raise UserError(f'{path}: {what} {keys[twice.argmax()]!r} occurs twice, the second time in row {int(twice.argmax())}; remove one')
 
-# %% ../nbs/03_photos.ipynb #f04d302b
-_BROKEN = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, ArithmeticError, NotImplementedError, RuntimeError, AssertionError, MemoryError,
-           struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning) # what Pillow's decoders raise on damaged files
+# %% ../nbs/03_photos.ipynb #80acf9bb
+_BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, RuntimeError, struct.error,
+           Image.DecompressionBombError, Image.DecompressionBombWarning) # what Pillow and pillow-heif raise on damaged files
+
+@contextmanager
+def image_errors(
+    path,                              # the image that is being read
+    what='cannot be read as an image', # what fails
+):
+    "Whatever Pillow raises inside becomes a `UserError` that names the file."
+    try: yield
+    except UserError: raise
+    except Image.UnidentifiedImageError: raise UserError(f'{path}: not an image') from None
+    except _BROKEN as e: raise UserError(f'{path}: {what} ({" ".join(str(e).split())[:120] or type(e).__name__})') from None
 
 @cache
 def _heif():
@@ -124,13 +136,9 @@ def open_image(
     if str(path).lower().endswith(('.heic', '.heif')) and not _heif(): raise UserError(f'{path}: HEIC needs the package pillow-heif (pip install pillow-heif)')
     if not os.path.exists(path): raise MissingPath(f'{path}: no such file')
     if not os.path.getsize(path): raise UserError(f'{path}: the file is empty')
-    try: return Image.open(path)
-    except Image.UnidentifiedImageError: raise UserError(f'{path}: not an image') from None
-    except _BROKEN as e: raise UserError(f'{path}: cannot be read as an image ({_why(e)})') from None
+    with image_errors(path): return Image.open(path)
 
-def _why(e): return ' '.join(str(e).split()).replace(';', ',')[:120] or type(e).__name__
-
-# %% ../nbs/03_photos.ipynb #d7a46036
+# %% ../nbs/03_photos.ipynb #60fdc8e0
 def _degrees(values, half):
     "Degrees from (degrees, minutes, seconds) and a hemisphere; NaN where they make no angle."
     half = half.decode('ascii', 'ignore') if isinstance(half, bytes) else str(half or '')
@@ -142,15 +150,11 @@ def photo_label(
     path, # image file with EXIF
 ) -> dict: # lat, lon, heading (degrees; NaN unknown), time
     "Position, heading and time from EXIF (Exif 2.32, section 4.6.6). Raises `UserError` naming the file where there is no position."
-    image = open_image(path)
-    try:
+    with open_image(path) as image, image_errors(path, 'damaged EXIF'):
         exif = image.getexif()
         gps, taken = exif.get_ifd(0x8825), exif.get_ifd(0x8769).get(0x9003) or exif.get(0x0132) or ''
         if 2 not in gps or 4 not in gps: raise UserError(f'{path}: no GPS position in EXIF')
         lat, lon, heading = _degrees(gps[2], gps.get(1)), _degrees(gps[4], gps.get(3)), float(gps.get(17, np.nan)) % 360
-    except UserError: raise
-    except _BROKEN as e: raise UserError(f'{path}: damaged EXIF ({_why(e)})') from None
-    finally: image.close()
     if not (abs(lat) <= 90 and abs(lon) <= 180) or lat == lon == 0: raise UserError(f'{path}: the GPS position in EXIF is no position ({lat:.6g}, {lon:.6g})')
     return dict(lat=lat, lon=lon, heading=heading, time=_iso(str(taken)))
 
@@ -159,7 +163,7 @@ def _iso(text):
     found = re.match(r'(\d{4}):(\d\d):(\d\d) (\d\d:\d\d:\d\d)', text)
     return '{}-{}-{}T{}'.format(*found.groups()) if found else ''
 
-# %% ../nbs/03_photos.ipynb #ad53406d
+# %% ../nbs/03_photos.ipynb #ffd197c3
 def _metres(lat, lon, name):
     "Columns easting, northing, zone and city for positions that may lie anywhere."
     easting, northing, zone = to_utm(lat, lon)
@@ -174,7 +178,9 @@ def _read_exif(root):
     paths = list_images(root)
     if not paths: raise UserError(f'{root} holds no images (names ending in {", ".join(sorted(IMAGE_SUFFIXES))}); check the path')
     _heif()
-    with ThreadPoolExecutor() as pool: labels = list(pool.map(_label_or_reason, paths))
+    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        warnings.simplefilter('ignore') # Pillow warns of damaged EXIF; here it becomes a reason, or does no harm
+        labels = list(pool.map(_label_or_reason, paths))
     good = [i for i, label in enumerate(labels) if isinstance(label, dict)]
     left_out = [(p, label) for p, label in zip(paths, labels) if isinstance(label, str)]
     if not good: raise UserError(f'{root}: none of the {len(paths):,} images can be placed ({left_out[0][1]}); give a csv with the columns path, lat, lon')
@@ -185,7 +191,7 @@ def _label_or_reason(path):
     try: return photo_label(path)
     except UserError as e: return str(e)
 
-# %% ../nbs/03_photos.ipynb #9ed0ef52
+# %% ../nbs/03_photos.ipynb #b9ec14db
 def _inside(root, names, csv):
     "Absolute paths of `names` below `root`, links followed. Raises `UserError` for one that leads out, `MissingPath` for absent ones."
     real, top = cache(os.path.realpath), os.path.realpath(root)
@@ -221,7 +227,7 @@ def _read_photo_csv(root, csv):
     more = {c: df[c].str.strip() if c == 'time' else numbers(df, c, csv, needed=False) % 360 for c in ('heading', 'time') if c in df}
     return fill_table(image=image, place=_csv_places(df, csv) if 'place' in df else 0, **where, **more), 'place' in df
 
-# %% ../nbs/03_photos.ipynb #091b66af
+# %% ../nbs/03_photos.ipynb #ce9f25d4
 def find_photo_csv(
     root:Path, # folder of photographs
 ): # its path, or None

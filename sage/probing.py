@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SoftWeighting', 'Pointwise', 'probe', 'assemble', 'SoftProbing']
 
-# %% ../nbs/12_probing.ipynb #a1875d08
+# %% ../nbs/12_probing.ipynb #f6bd6414
 import torch
 from torch import nn
 import torch.nn.functional as F
 from .core import UserError
 from .dpn import DynamicPowerNorm, full_precision, wide
 
-# %% ../nbs/12_probing.ipynb #69b98d42
+# %% ../nbs/12_probing.ipynb #0336a856
 class SoftWeighting(nn.Module):
     "Scale each patch by 1 + β, where β in (0, α) is learned from the patch's norm (SAGE, arXiv 2509.25723, Soft Probing)."
     def __init__(self,
@@ -35,7 +35,7 @@ class SoftWeighting(nn.Module):
         if keep is not None: keep.update(norms=s.flatten(1), beta=beta.flatten(1))
         return x + x * beta.unsqueeze(dim).to(x.dtype)
 
-# %% ../nbs/12_probing.ipynb #3c178f76
+# %% ../nbs/12_probing.ipynb #ec325707
 class Pointwise(nn.Conv2d):
     "A 1×1 convolution applied to tokens [B, L, in] → [B, L, out] as a matrix product."
     def __init__(self,
@@ -45,7 +45,7 @@ class Pointwise(nn.Conv2d):
 
     def forward(self, x): return F.linear(x, self.weight.flatten(1), self.bias)
 
-# %% ../nbs/12_probing.ipynb #83dab101
+# %% ../nbs/12_probing.ipynb #50b16a9c
 def probe(
     f:torch.Tensor, # compressed features [B, L, D]
     scores:torch.Tensor, # probe scores before the softmax [B, L, K]
@@ -56,7 +56,7 @@ def probe(
         f = f - f.mean((1, 2), keepdim=True)
         return f.transpose(1, 2) @ attention / f.shape[1], attention
 
-# %% ../nbs/12_probing.ipynb #ed875d28
+# %% ../nbs/12_probing.ipynb #20093d48
 def assemble(
     token:torch.Tensor, # global token [B, G]
     M:torch.Tensor, # probed features [B, D, K]
@@ -66,12 +66,12 @@ def assemble(
         columns = F.normalize(wide(M), dim=1).flatten(1)
         return F.normalize(torch.cat([F.normalize(wide(token), dim=1), columns], 1), dim=1)
 
-# %% ../nbs/12_probing.ipynb #b7047289
+# %% ../nbs/12_probing.ipynb #37b6afc1
 def _drop_single_branch(module, state, prefix, *_):
     "Published weights hold a `single_branch` that nothing uses."
     for key in [k for k in state if k.startswith(prefix + 'single_branch.')]: del state[key]
 
-# %% ../nbs/12_probing.ipynb #b33a96a4
+# %% ../nbs/12_probing.ipynb #9b048ceb
 class SoftProbing(nn.Module):
     "Patches and class token to one descriptor: soft weighting, probes, power norm (SAGE, arXiv 2509.25723, Soft Probing)."
     def __init__(self,
@@ -84,6 +84,8 @@ class SoftProbing(nn.Module):
         dropout:float=0.3, # in the two networks over patches, training only
     ):
         super().__init__()
+        if min(probes, probe_dim, token_dim, hidden) < 1 or alpha < 0 or not 0 <= dropout < 1:
+            raise UserError(f'Soft Probing needs sizes of 1 or more, alpha of 0 or more and 0 <= dropout < 1, got probes={probes}, probe_dim={probe_dim}, token_dim={token_dim}, hidden={hidden}, alpha={alpha}, dropout={dropout}')
         def patch_net(out): return nn.Sequential(Pointwise(dim, hidden), nn.Dropout(dropout), nn.ReLU(), Pointwise(hidden, out))
         self.soft_weighting = SoftWeighting(alpha=alpha)
         self.cluster_features, self.score = patch_net(probe_dim), patch_net(probes)

@@ -6,14 +6,14 @@
 __all__ = ['LEFTOVER', 'FILES', 'epoch_name', 'plain', 'append_line', 'whole_bytes', 'read_lines', 'Run', 'write_json',
            'epoch_file', 'read_table', 'read_array', 'checkpoint_paths', 'remove']
 
-# %% ../nbs/30_run.ipynb #1f4fa745
+# %% ../nbs/30_run.ipynb #0f291ada
 import json, os, re, shutil, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import UserError, MissingPath, atomic
 
-# %% ../nbs/30_run.ipynb #19026b5e
+# %% ../nbs/30_run.ipynb #9cc96f47
 LEFTOVER = r'\.(config|metrics|\d+(\.resume)?)-[0-9a-f]{8}'    # names of writes that were interrupted
 FILES = ('nodes', 'edges', 'cliques')                       # the tables of an epoch, each a parquet file
 
@@ -24,7 +24,7 @@ def epoch_name(
     if int(epoch) < 0: raise UserError(f'epoch {epoch}: epochs count from 0')
     return f'{int(epoch):04d}'
 
-# %% ../nbs/30_run.ipynb #310773a7
+# %% ../nbs/30_run.ipynb #b2c63037
 def plain(
     value, # anything a setting or a metric may be: numbers, strings, paths, arrays, dicts, lists
 ):         # the same in JSON's own types; NaN and infinities become None
@@ -36,7 +36,7 @@ def plain(
     if isinstance(value, (list, tuple, set)): return [plain(v) for v in value]
     return str(value)
 
-# %% ../nbs/30_run.ipynb #0f6736df
+# %% ../nbs/30_run.ipynb #2f451f09
 def append_line(
     path:Path, # the file; made when absent
     row:dict,  # one row
@@ -62,7 +62,7 @@ def whole_bytes(
         end = start
     return 0
 
-# %% ../nbs/30_run.ipynb #7bdccefc
+# %% ../nbs/30_run.ipynb #d7d3351f
 def read_lines(
     path:Path, # a file of JSON lines; absent counts as empty
 ) -> list:     # one dict for each whole line
@@ -77,7 +77,7 @@ def read_lines(
         rows.append(row)
     return rows
 
-# %% ../nbs/30_run.ipynb #2c4f1e9e
+# %% ../nbs/30_run.ipynb #696a6055
 class Run:
     "A training's folder: settings, metrics, what each epoch saw, checkpoints. Reading never changes it."
     def __init__(self,
@@ -115,7 +115,7 @@ def write_json(
     "Write JSON, whole or not at all."
     with atomic(path) as part: part.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + '\n')
 
-# %% ../nbs/30_run.ipynb #4eaa5432
+# %% ../nbs/30_run.ipynb #20c93f2a
 @patch(as_prop=True)
 def config(self:Run) -> dict:
     "Every setting of the run, as `config.json` holds it."
@@ -138,7 +138,7 @@ def metrics(self:Run,
     rows = [r for r in read_lines(self.path/'metrics.jsonl') if not kind or r.get('kind', 'epoch') == kind]
     return pd.DataFrame(rows) if rows else pd.DataFrame({'kind': [], 'epoch': []})
 
-# %% ../nbs/30_run.ipynb #e898a299
+# %% ../nbs/30_run.ipynb #74161248
 @patch
 def recalls(self:Run) -> pd.DataFrame: # columns epoch, table, k, recall (percent)
     "Recall in long form, one row for each epoch, validation table and K."
@@ -147,7 +147,7 @@ def recalls(self:Run) -> pd.DataFrame: # columns epoch, table, k, recall (percen
             for table, at, k in [key.rpartition('/recall@')] if at and k.isdigit()]
     return pd.DataFrame(rows, columns=['epoch', 'table', 'k', 'recall'])
 
-# %% ../nbs/30_run.ipynb #656ec62d
+# %% ../nbs/30_run.ipynb #bc4c90f5
 @patch
 def write_epoch(self:Run,
     epoch:int,                 # finished epochs
@@ -174,7 +174,7 @@ def epochs(self:Run) -> list: # ascending
     folder = self.path/'epochs'
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir()) if folder.is_dir() else []
 
-# %% ../nbs/30_run.ipynb #cd5e9458
+# %% ../nbs/30_run.ipynb #6b7b0ada
 def epoch_file(
     run:Run,   # the run
     epoch:int, # finished epochs; negative counts from the last
@@ -205,7 +205,7 @@ def read_array(
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
         raise UserError(f'{path}: damaged, not readable ({e}); copy the run again') from None
 
-# %% ../nbs/30_run.ipynb #86721ae9
+# %% ../nbs/30_run.ipynb #805e3c16
 @patch
 def nodes(self:Run, epoch:int=-1) -> pd.DataFrame: # the default is the last complete epoch
     "Places of an epoch's graph, one a row."
@@ -231,7 +231,7 @@ def attention(self:Run, epoch:int=-1) -> dict:
     "Attention arrays of the fixed images, by name."
     return read_array(epoch_file(self, epoch, 'attention.npz'))
 
-# %% ../nbs/30_run.ipynb #10a990ba
+# %% ../nbs/30_run.ipynb #f9f7ff82
 @patch
 def table(self:Run,
     name:str='mined', # as the run calls it, see `config['tables']`
@@ -243,7 +243,7 @@ def table(self:Run,
     if not path.exists(): raise MissingPath(f'{path}: missing; copy the whole run folder')
     return read_table(path)
 
-# %% ../nbs/30_run.ipynb #d914d3d5
+# %% ../nbs/30_run.ipynb #37c34b16
 def checkpoint_paths(
     run:Run,   # the run
     epoch:int, # finished epochs
@@ -275,7 +275,7 @@ def best(self:Run,
     r = r[r.table == (table or next(iter(r.table), ''))]
     return None if r.empty else int(r.epoch[r.recall.idxmax()])
 
-# %% ../nbs/30_run.ipynb #21210e59
+# %% ../nbs/30_run.ipynb #4cb475c0
 def remove(
     path:Path, # file or folder
 ):
@@ -299,3 +299,10 @@ def truncate(self:Run,
     for folder in (self.path, self.path/'epochs', self.path/'checkpoints'):
         for p in folder.glob('.*'):
             if re.match(LEFTOVER, p.name): remove(p)
+
+@patch
+def discard(self:Run):
+    "Remove a run that never began: one without a row in its metrics. Other files in its folder stay, and so does any other run."
+    if (self.path/'metrics.jsonl').exists(): return
+    for name in ('epochs', 'checkpoints', 'tables', 'config.json'): remove(self.path/name)
+    if not any(self.path.iterdir()): self.path.rmdir()

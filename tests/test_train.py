@@ -1,0 +1,301 @@
+"Training end to end on a toy town: same seed same numbers, stopped and resumed, bad data, bad luck."
+import itertools, json, os, signal, subprocess, sys, threading, time, warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from PIL import Image
+from safetensors.torch import load_file
+import sage
+from sage.core import UserError, seed_of
+from sage.feed import Steps, Validation, Views, embed, one_image_each, prefix_cache, run_views
+from sage.learner import SageModule
+from sage.places import make_table
+from sage.run import Run, checkpoint_paths
+from sage.settings import Settings, make_model
+from sage.train import Stopped, fit
+
+def toy_table(root, places=24, views=6, side=56, seed=0):
+    "A place is a coloured pattern; its views are shifted and shaded. 60 m between places, 8 m within."
+    root, g, rows = Path(root), np.random.default_rng(seed), []
+    root.mkdir(parents=True, exist_ok=True)
+    for p in range(places):
+        pattern = g.integers(0, 255, (4, 4, 3)).astype(np.uint8)
+        for v in range(views):
+            big = np.roll(np.kron(pattern, np.ones((side // 4, side // 4, 1))), g.integers(-9, 10, 2), (0, 1)) * g.uniform(.4, 1)
+            Image.fromarray(big.astype(np.uint8)).save(root/f'{p:03d}_{v}.png')
+            rows.append((str(root/f'{p:03d}_{v}.png'), p, 60. * (p % 6) + g.uniform(0, 8), 60. * (p // 6) + g.uniform(0, 8), 'query' if v == 0 else 'database'))
+    image, place, easting, northing, role = zip(*rows)
+    return make_table(image=image, city=root.name, place=place, easting=easting, northing=northing, zone='33N', role=role)
+
+TINY = dict(backbone='sage_nano', probes=8, probe_dim=16, token_dim=32, image_size=56, eval_size=56, places_per_batch=4, images_per_place=3, min_size=3,
+            steps=3, epochs=2, log_every=1, embed_batch=16, lr=1e-3, precision='32', device='cpu')
+
+@pytest.fixture(scope='session')
+def towns(tmp_path_factory):
+    root = tmp_path_factory.mktemp('towns')
+    return [toy_table(root/name, seed=i) for i, name in enumerate(('adorf', 'bestadt', 'castrop'))]
+
+def settings(**changes): return Settings(**{**TINY, **changes})
+
+def train(s, towns, path, labelled=False, **how):
+    tables = dict(mined=towns[0], labelled=towns[1]) if labelled else towns[0]
+    return fit(s, make_model(s, pretrained=False), tables, {'unseen': towns[2]}, path, progress=False, **how)
+
+def numbers(run):
+    rows = [json.loads(line) for line in (run.path/'metrics.jsonl').read_text().splitlines()]
+    return [{k: v for k, v in r.items() if not k.endswith('_s')} for r in rows]
+
+def weights(run, epoch): return load_file(checkpoint_paths(run, epoch)[0])
+
+def assert_same(a, b, epochs=2):
+    assert numbers(a) == numbers(b)
+    for e in range(epochs + 1):
+        wa, wb = weights(a, e), weights(b, e)
+        assert set(wa) == set(wb) and all(torch.equal(wa[k], wb[k]) for k in wa)
+        for table in ('nodes', 'edges', 'cliques'): pd.testing.assert_frame_equal(getattr(a, table)(e), getattr(b, table)(e))
+        assert np.array_equal(a.descriptors(e), b.descriptors(e))
+
+class After(threading.Event):
+    "Set from the n-th time it is asked."
+    def __init__(self, n): super().__init__(); self.n, self.asked = n, 0
+    def is_set(self): self.asked += 1; return self.asked > self.n
+
+@pytest.fixture(scope='session')
+def whole(towns, tmp_path_factory): return train(settings(), towns, tmp_path_factory.mktemp('runs')/'whole', labelled=True)
+
+def test_run_holds_everything(whole):
+    assert whole.epochs() == [0, 1, 2] and list(whole.checkpoints()) == [0, 1, 2] and whole.resumable() == [1, 2]
+    m, steps = whole.metrics(), whole.metrics('step')
+    assert list(m.epoch) == [0, 1, 2] and list(steps.step) == [1, 2, 3, 4, 5, 6]
+    assert {f'unseen/recall@{k}' for k in (1, 5, 10, 20)} <= set(m)
+    assert {'loss', 'mined_pairs', 'hardest_positive', 'hardest_negative', 'edges_kept', 'edges_new', 'edges_broken', 'train_s', 'embed_s', 'draw_s', 'recall_s', 'graph_s', 'images_per_s'} <= set(m)
+    np.testing.assert_allclose(m.loss[1:], steps.groupby('epoch').loss.mean())
+    assert (m.images[1:] == 3 * 2 * 4 * 3).all()
+    assert set(whole.config['tables']) == {'mined', 'labelled', 'unseen'} and len(whole.table('unseen')) == 144
+    a = whole.attention(0)
+    assert a['beta'].shape == (6, 16) and a['probes'].shape == (6, 8, 16) and (a['images'] == whole.attention(2)['images']).all()
+    np.testing.assert_allclose(a['probes'].astype(float).sum(2), 1, atol=.01)
+    left = {p.name for p in whole.path.iterdir()}
+    assert left == {'config.json', 'metrics.jsonl', 'epochs', 'checkpoints', 'tables'}
+
+def test_cliques_are_what_was_trained(whole, towns):
+    c = whole.cliques(0)
+    assert set(c.batch) == set(range(3)) and len(c) == 3 * 4 * 3
+    assert (whole.table('mined').image == towns[0].image).all()
+    assert not c.duplicated(['batch', 'image']).any()
+
+def test_same_seed_same_numbers(whole, towns, tmp_path):
+    assert_same(whole, train(settings(), towns, tmp_path/'again', labelled=True))
+    assert numbers(whole) != numbers(train(settings(seed=1), towns, tmp_path/'other', labelled=True))
+
+def test_workers_change_nothing(whole, towns, tmp_path):
+    assert_same(whole, train(settings(workers=2), towns, tmp_path/'workers', labelled=True))
+
+def test_global_random_state_is_left_alone(towns, tmp_path):
+    torch.manual_seed(5); np.random.seed(5)
+    a, b = torch.get_rng_state(), np.random.get_state()[1]
+    train(settings(epochs=1, steps=1), towns, tmp_path/'run')
+    assert torch.equal(a, torch.get_rng_state()) and (b == np.random.get_state()[1]).all()
+
+@pytest.mark.parametrize('part', range(6))
+def test_stopped_and_resumed(whole, towns, tmp_path, part):
+    "Stopped at moments spread over the whole training, each time resumed."
+    asked = After(10**9)
+    if part == 0:
+        train(settings(), towns, tmp_path/'count', labelled=True, stop=asked)
+        test_stopped_and_resumed.total = asked.asked
+    moment = int((part + .5) / 6 * getattr(test_stopped_and_resumed, 'total', 120))
+    with pytest.raises(Stopped): train(settings(), towns, tmp_path/'run', labelled=True, stop=After(moment))
+    assert_same(whole, train(settings(), towns, tmp_path/'run', labelled=True, resume=True))
+
+@pytest.mark.parametrize('strategy,record', [('random', True), ('random', False), ('static', True), ('ogc', False), ('gws', False), ('diverse', True)])
+def test_strategies_resume(towns, tmp_path, strategy, record):
+    "Fixed strategies mine with the untrained model's descriptors, after a resume as well."
+    s = settings(strategy=strategy, record_graph=record, cache_gb=.1, augment='none')
+    caches = {}
+    one = train(s, towns, tmp_path/'one', caches=caches)
+    train(replace(s, epochs=1), towns, tmp_path/'two', caches=caches)
+    two = train(s, towns, tmp_path/'two', caches=caches, resume=True)
+    assert numbers(one) == numbers(two)
+    assert one.epochs() == ([0, 1, 2] if record else [])
+    if strategy in ('static', 'gws'): assert len(caches) == 2
+    again = train(s, towns, tmp_path/'two', resume=True)                      # nothing left to do
+    assert numbers(again) == numbers(one)
+
+def test_node_features_image(towns, tmp_path):
+    s = settings(node_features='image', epochs=1)
+    assert numbers(train(s, towns, tmp_path/'a')) == numbers(train(s, towns, tmp_path/'b'))
+
+def test_bfloat16_resumes(towns, tmp_path):
+    s = settings(precision='bf16')
+    one = train(s, towns, tmp_path/'one')
+    train(replace(s, epochs=1), towns, tmp_path/'two')
+    assert_same(one, train(s, towns, tmp_path/'two', resume=True))
+    exact = train(settings(), towns, tmp_path/'exact')
+    assert abs(exact.metrics('step').loss[0] / one.metrics('step').loss[0] - 1) < .02
+
+def test_interact_head_trains(towns, tmp_path):
+    s = settings(interact=True, epochs=1, probes=8, probe_dim=64, token_dim=256)
+    run = train(s, towns, tmp_path/'run')
+    a, b = weights(run, 0), weights(run, 1)
+    assert any(k.startswith('interact.') for k in a)
+    assert all(not torch.equal(a[k], b[k]) for k in a if k.startswith('interact.') and k.endswith('weight'))
+
+def test_frozen_stays_and_schedule_falls(whole):
+    s = settings()
+    model = make_model(s, pretrained=False)
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    assert all(torch.equal(start[k], v) for k, v in weights(whole, 0).items())
+    lr = whole.metrics('step').lr
+    np.testing.assert_allclose(lr, s.lr * (1 - .8 * np.arange(1, 7) / 4000), rtol=1e-12)
+
+def plain_multi_similarity(d, labels, alpha=1., beta=50., base=0., epsilon=.1):
+    "The loss and its miner by loops (Wang et al., CVPR 2019)."
+    d = d / np.linalg.norm(d, axis=1, keepdims=True)
+    S, total, pairs = d @ d.T, 0., 0
+    for i in range(len(d)):
+        pos = [j for j in range(len(d)) if labels[j] == labels[i] and j != i]
+        neg = [j for j in range(len(d)) if labels[j] != labels[i]]
+        hard_neg = [j for j in neg if S[i, j] + epsilon > min(S[i, p] for p in pos)]
+        hard_pos = [j for j in pos if S[i, j] - epsilon < max(S[i, n] for n in neg)]
+        pairs += len(hard_neg) + len(hard_pos)
+        total += np.log1p(sum(np.exp(-alpha * (S[i, j] - base)) for j in hard_pos)) / alpha + np.log1p(sum(np.exp(beta * (S[i, j] - base)) for j in hard_neg)) / beta
+    return total / len(d), pairs
+
+def test_loss_is_the_sum_of_both_sources():
+    s = settings()
+    module = SageModule(make_model(s, pretrained=False), s).train()
+    views = torch.randn(24, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    sources, slots = torch.arange(24) // 12, torch.arange(24) % 12 // 3
+    loss = module.training_step((views, sources, slots), 0).item()
+    torch.manual_seed(seed_of(s.seed, 'dropout', 0))
+    parts = [plain_multi_similarity(run_views(module.model, views[sources == i]).detach().double().numpy(), slots[sources == i].numpy()) for i in (0, 1)]
+    assert abs(loss - sum(p[0] for p in parts)) < 1e-5 and module.last['mined_pairs'] == sum(p[1] for p in parts)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
+    module.eval()
+    losses = [module.training_step((views[o], sources[o], slots[o]), 0).item() for o in (torch.arange(12), order)]
+    assert abs(losses[0] - losses[1]) < 1e-5                                   # the order of images does not matter
+
+def test_tokens_train_like_images(towns, tmp_path):
+    a, b = (train(settings(augment='none', cache_gb=gb, strategy='random', lr=1e-5), towns, tmp_path/str(gb)) for gb in (0, 1))
+    np.testing.assert_allclose(a.metrics('step').loss[:3], b.metrics('step').loss[:3], rtol=.02)
+
+def test_cache_respects_its_budget(towns, tmp_path):
+    caches = {}
+    train(settings(cache_gb=1e-4, epochs=1), towns, tmp_path/'run', caches=caches)
+    assert not caches
+
+def test_nan_stops_with_the_batch(towns, tmp_path):
+    with pytest.raises(UserError, match=r'^step [2-6]: the loss is nan'): train(settings(lr=1e25, lr_end=1.), towns, tmp_path/'run')
+    failed = json.loads((tmp_path/'run'/'failed.json').read_text())
+    assert np.shape(failed['rows']['mined']) == (4, 3) and failed['loss'] is None
+    run = Run(tmp_path/'run')
+    assert run.epochs() and run.resumable()
+
+def test_bad_data_makes_no_run(towns, tmp_path):
+    s, (a, b, c) = settings(), towns
+    model, path = make_model(s, pretrained=False), tmp_path/'run'
+    cases = [(a, {}, 'no validation table'), (a, {'v': a}, 'must never train'), ({'labelled': a}, {'v': c}, "'mined'"), (a, {'mined': c}, 'another name'),
+             (a, {'v': c[c.role == 'query'].reset_index(drop=True)}, 'recall needs both'), (a.drop(columns='zone'), {'v': c}, 'zone'),
+             (a.assign(easting=np.nan), {'v': c}, 'easting'), (a.iloc[:0], {'v': c}, 'mined')]
+    for train_table, val, words in cases:
+        with pytest.raises(UserError, match=words): fit(s, model, train_table, val, path, progress=False)
+    for change in (dict(image_size=57), dict(eval_size=(56, 60)), dict(device='cuda:7'), dict(precision='8')):
+        with pytest.raises(UserError): fit(replace(s, **change), model, a, {'v': c}, path, progress=False)
+    with pytest.raises(UserError, match='places'): fit(replace(s, places_per_batch=500), model, a, {'v': c}, path, progress=False)
+    assert not path.exists()
+
+def test_only_one_image_places(towns, tmp_path):
+    lonely = towns[0].groupby('place').head(1).reset_index(drop=True)
+    for strategy in ('sage', 'random'):
+        with pytest.raises(UserError): train(settings(strategy=strategy), [lonely, *towns[1:]], tmp_path/strategy)
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_unreadable_image_is_one_sentence(towns, tmp_path, workers):
+    table = toy_table(tmp_path/'town', seed=5)
+    for path in table.image[::6]: Path(path).write_bytes(b'no image')
+    with pytest.raises(UserError) as e: train(settings(workers=workers), [table, *towns[1:]], tmp_path/'run')
+    assert len(str(e.value).splitlines()) == 1 and '.png' in str(e.value) and 'Caught' not in str(e.value)
+
+def test_resume_refuses_other_settings_and_data(whole, towns, tmp_path):
+    path = tmp_path/'run'
+    train(settings(epochs=1), towns, path)
+    with pytest.raises(UserError, match='already'): train(settings(), towns, path)
+    with pytest.raises(UserError, match='lr = 0.001, now 0.002'): train(settings(lr=.002), towns, path, resume=True)
+    with pytest.raises(UserError, match='data'): train(settings(), [towns[1], towns[0], towns[2]], path, resume=True)
+    with pytest.raises(UserError, match='no such run'): train(settings(), towns, tmp_path/'none', resume=True)
+    state = checkpoint_paths(Run(path), 1)[1]
+    state.write_bytes(state.read_bytes()[:-50])
+    with pytest.raises(UserError, match='damaged'): train(settings(), towns, path, resume=True)
+    state.unlink()
+    assert numbers(train(settings(), towns, path, resume=True)) == numbers(train(settings(), towns, tmp_path/'fresh'))
+
+def test_quiet(towns, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        train(settings(epochs=1, steps=1), towns, 'run')
+    assert capfd.readouterr() == ('', '') and [p.name for p in tmp_path.iterdir()] == ['run']
+
+def test_progress_in_a_log(towns, tmp_path, capfd):
+    s = settings(epochs=1, steps=1)
+    fit(s, make_model(s, pretrained=False), towns[0], {'unseen': towns[2]}, tmp_path/'run')
+    out, err = capfd.readouterr()
+    assert [line.split()[:2] for line in out.splitlines()] == [['epoch', '0/1'], ['epoch', '1/1']] and 'R@1' in out
+    assert '\r' not in err
+
+@pytest.mark.parametrize('name,value', [('strategy', 'best'), ('epochs', -1), ('steps', 0), ('steps', 1.5), ('steps', True), ('places_per_batch', 1), ('images_per_place', 1), ('lr', 0.), ('lr', float('nan')),
+    ('lr', '1'), ('weight_decay', -1), ('workers', -1), ('workers', .5), ('seed', -1), ('seed', 1.5), ('augment', 'x'), ('node_features', 'x'), ('radius', 0), ('cache_gb', -1), ('devices', 2), ('alpha', -.1)])
+def test_settings_are_checked(name, value):
+    with pytest.raises(UserError, match=name): Settings(**{name: value})
+
+def test_settings_survive_json():
+    s = settings(image_size=(56, 70))
+    assert Settings(**json.loads(json.dumps(asdict(s)))) == s
+
+CHILD = '''
+import sys, signal
+sys.path[:0] = {path!r}
+import torch; torch.set_num_threads(1)
+import pandas as pd
+from test_train import settings, train
+from sage.train import Stopped
+towns = [pd.read_parquet(p) for p in {tables!r}]
+print('go', flush=True)
+try: train(settings(), towns, {run!r}, labelled=True, resume={resume!r})
+except Stopped as e: print(e, flush=True); sys.exit(128 + e.signum)
+'''
+
+def child(towns, folder, run, resume=False):
+    paths = [str(folder/f'{i}.parquet') for i in range(3)]
+    for t, p in zip(towns, paths): t.to_parquet(p)
+    code = CHILD.format(path=[os.path.dirname(__file__), str(Path(sage.__file__).parents[1])], tables=paths, run=str(run), resume=resume)
+    return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONHASHSEED': '7', 'OMP_NUM_THREADS': '1'})
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < end: time.sleep(.002)
+
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_cleanly(whole, towns, tmp_path, signum):
+    run = tmp_path/'run'
+    p = child(towns, tmp_path, run)
+    wait_for(lambda: (run/'checkpoints'/'0001.resume.safetensors').exists(), p)
+    p.send_signal(signum)
+    out, err = p.communicate(timeout=120)
+    assert p.returncode == 128 + signum and 'stopped' in out and 'Traceback' not in err, err
+    assert Run(run).resumable()[-1] >= 1
+    assert_same(whole, train(settings(), towns, run, labelled=True, resume=True))
+
+def test_killed_in_another_process(whole, towns, tmp_path):
+    "SIGKILL at three moments of one training, resumed in new processes: the numbers of the unbroken run, across processes."
+    run, marks = tmp_path/'run', ['checkpoints/0000.safetensors', 'epochs/0000', 'checkpoints/0001.safetensors']
+    for i, mark in enumerate(marks):
+        p = child(towns, tmp_path, run, resume=(run/'config.json').exists())
+        wait_for(lambda: (run/mark).exists(), p)
+        p.kill(); p.communicate()
+    p = child(towns, tmp_path, run, resume=True)
+    out, err = p.communicate(timeout=120)
+    assert p.returncode == 0, err
+    assert_same(whole, Run(run))
+    assert not [q for q in run.rglob('.*')]
