@@ -7,7 +7,7 @@ __all__ = ['ONLINE', 'FIRST', 'FREE', 'KNOWN', 'save_checkpoint', 'load_weights'
            'Stopped', 'EpochGraph', 'samplers', 'attention_of', 'flat', 'epoch_line', 'parts_of', 'config_of',
            'open_run', 'quiet_lightning', 'stop_on_signals', 'make_trainer', 'plain_error', 'fit']
 
-# %% ../nbs/43_train.ipynb #dd42b42b
+# %% ../nbs/43_train.ipynb #a7c6e0ca
 import hashlib, logging, re, signal, threading, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,7 +27,7 @@ from .feed import Sources, Steps, Validation, Views, bar, cache_bytes, embed, on
 from .settings import Settings, make_model, precision_of
 from .learner import SageModule, load_state, save_state
 
-# %% ../nbs/43_train.ipynb #e3012147
+# %% ../nbs/43_train.ipynb #5c0e4649
 def save_checkpoint(
     run:Run,
     epoch:int,       # finished epochs
@@ -54,7 +54,7 @@ def load_weights(
     if header['holds'] == 'all': load_all(model, state, path)
     else: model.load_trainable(state, path)
 
-# %% ../nbs/43_train.ipynb #3da9157c
+# %% ../nbs/43_train.ipynb #e1b719d4
 class Supply:
     "The tables of a training as the model takes them, checked; the geography; kept tokens."
     def __init__(self,
@@ -90,7 +90,7 @@ class Supply:
         tokens = self.tokens(name, size) if s.augment == 'none' else None
         return Views(self.tables[name], train_transform(size, s.augment), tokens, seed_of(s.seed, name))
 
-# %% ../nbs/43_train.ipynb #090586a0
+# %% ../nbs/43_train.ipynb #1568447a
 def check_sources(
     train_tables,    # a table, or a dict with 'mined' and, if wanted, 'labelled'
     val_tables:dict, # name → table
@@ -115,7 +115,7 @@ def fingerprint(
     rows = pd.util.hash_pandas_object(pd.DataFrame(dict(name=name, place=df.place, x=df.easting, y=df.northing, role=df.role)), index=False)
     return dict(images=len(df), places=len(place_rows(df)[0]), sha256=hashlib.sha256(rows.to_numpy().tobytes()).hexdigest()[:16])
 
-# %% ../nbs/43_train.ipynb #a164ee7c
+# %% ../nbs/43_train.ipynb #e2019556
 ONLINE, FIRST = ('ogc', 'sage', 'diverse'), ('static', 'gws')      # strategies that embed every epoch, or the first time only
 
 class Stopped(Exception):
@@ -136,8 +136,8 @@ class EpochGraph(L.Callback):
         self.stop, self.steps, self.bar = stop or threading.Event(), Steps(settings.steps), None
 
     @contextmanager
-    def ticker(self, what, total): # a bar as a function to call with each batch's size; the place where a stop is noticed
-        with bar(total, what, self.progress) as b:
+    def ticker(self, what, total, unit='images'): # a bar as a function to call with each batch's size; the place where a stop is noticed
+        with bar(total, what, self.progress, unit) as b:
             def tick(n):
                 b.update(n)
                 if self.stop.is_set(): raise Stopped(f'stopped while {what}')
@@ -153,7 +153,7 @@ class EpochGraph(L.Callback):
         with self.ticker(f'mining {epoch}: embedding', len(rows)) as tick: d = embed(supply.model, supply.plain, rows, tick=tick, **self.how())
         return (picked, d, None) if s.node_features == 'place' else (picked, d[picked], d)
 
-# %% ../nbs/43_train.ipynb #d9fba1bf
+# %% ../nbs/43_train.ipynb #b85ca8ae
 def samplers(
     settings:Settings,
     tables:dict,  # 'mined', and 'labelled' if there is one
@@ -180,11 +180,11 @@ def mine(self:EpochGraph, epoch): # draws the coming epoch's batches; returns (f
     found = self.embed_places(epoch) if wanted else (None, None, None)
     embedded = time.perf_counter()
     for b, (_, d, i) in zip(self.supply.batches, (found, (None, None, None))): b.rebuild(d, epoch, i)
-    with self.ticker(f'mining {epoch}: drawing', s.steps * len(self.supply.batches)) as tick:
+    with self.ticker(f'mining {epoch}: drawing', s.steps * len(self.supply.batches), 'batches') as tick:
         self.steps.fill(epoch + 1, [[(x, tick(1))[0] for x in islice(b, s.steps)] for b in self.supply.batches])
     return found, dict(embed_s=embedded - began, draw_s=time.perf_counter() - embedded)
 
-# %% ../nbs/43_train.ipynb #76de537c
+# %% ../nbs/43_train.ipynb #2f0dfb56
 def attention_of(
     model:SAGE,
     validation:Validation, # its first queries and the first answers to them
@@ -224,7 +224,7 @@ def record(self:EpochGraph, epoch, trained): # everything that is done at a numb
     self.run.log(**row, **seconds, recall_s=measured - began, graph_s=time.perf_counter() - measured)
     if self.progress: print(epoch_line(row, self.settings.epochs, seconds))
 
-# %% ../nbs/43_train.ipynb #4a68b769
+# %% ../nbs/43_train.ipynb #83117727
 def flat(
     d:dict,        # nested
 ) -> dict:         # names joined by '_', numbers only
@@ -242,7 +242,7 @@ def epoch_line(
     loss = [f'loss {row["loss"]:.3f}', f'{row["images_per_s"]:.0f} images/s'] if 'loss' in row else ['untrained']
     return '  '.join([f'epoch {row["epoch"]}/{epochs}', *loss, *recall, f'mining {sum(seconds.values()):.1f} s'])
 
-# %% ../nbs/43_train.ipynb #604e7d66
+# %% ../nbs/43_train.ipynb #2596300f
 def parts_of(trainer): # (optimiser, schedule)
     return trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
 
@@ -301,7 +301,7 @@ def on_exception(self:EpochGraph, trainer, module, exception):
         rows = dict(zip(('mined', 'labelled'), (b[index] for b in self.steps.batches)))
         write_json(self.run.path/'failed.json', dict(epoch=self.epoch + 1, step=module.step + 1, rows=rows, **module.last))
 
-# %% ../nbs/43_train.ipynb #b65e4787
+# %% ../nbs/43_train.ipynb #241afc50
 FREE = ('epochs', 'device', 'devices', 'workers', 'log_every')      # settings a resumed run may change
 
 def config_of(
@@ -334,7 +334,7 @@ def open_run(
     if epoch in run.checkpoints(): load_weights(run, epoch, model)
     return run, epoch
 
-# %% ../nbs/43_train.ipynb #0bd5d916
+# %% ../nbs/43_train.ipynb #c99ff2ef
 KNOWN = ('.*does not have many workers', '.*in eval mode at the start of training', '.*GPU available but not used', '.*number of training batches', '.*LeafSpec')
 
 @contextmanager
@@ -364,7 +364,7 @@ def stop_on_signals(
     finally:
         for name, h in old.items(): signal.signal(name, h)
 
-# %% ../nbs/43_train.ipynb #c660631c
+# %% ../nbs/43_train.ipynb #96f60455
 def make_trainer(
     settings:Settings,
     device,            # torch device
@@ -384,7 +384,7 @@ def plain_error(
     text = str(error)
     return type(error)(text.strip().splitlines()[-1].split(': ', 1)[-1]) if text.startswith('Caught ') else error
 
-# %% ../nbs/43_train.ipynb #7c1bcbde
+# %% ../nbs/43_train.ipynb #2b19b36d
 def fit(
     settings:Settings,
     model:SAGE,          # trained in place; `make_model(settings)`

@@ -1,6 +1,6 @@
 """Train the backbone that ships with the package, `sage_nano`, on pictures this project draws itself.
 
-    python tools/train_nano.py --out sage/weights/sage_nano.safetensors
+    python tools/train_nano.py --out sage/weights
 
 1. Draw poses in procedural towns named `nano-00`, `nano-01`, … (seed 90210; no demo, test or benchmark uses these) and
    photograph each pose twice, under two different conditions, plus once at a plain noon without traffic.
@@ -17,9 +17,8 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
-from sage.backbone import nano_vit
+from sage.backbone import nano_vit, pack_nano
 from sage.core import stream
 from sage.render import CONDITIONS, Camera, Condition, Photographer, draw_condition
 from sage.town import Town, headings
@@ -108,7 +107,7 @@ class Learner(torch.nn.Module):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--out', type=Path, required=True)
+    p.add_argument('--out', type=Path, required=True, help='folder')
     p.add_argument('--towns', type=int, default=24); p.add_argument('--poses', type=int, default=600)
     p.add_argument('--minutes', type=float, default=40, help='length of the training; the schedule follows the clock'); p.add_argument('--batch', type=int, default=64, help='poses in a batch')
     p.add_argument('--lr', type=float, default=1e-3); p.add_argument('--workers', type=int, default=2); p.add_argument('--agree', type=float, default=.2)
@@ -152,10 +151,10 @@ def draw_rows(a, generator):
 
 
 def save(vit, a, curve, step):
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().half().contiguous() for k, v in vit.state_dict().items()}, a.out)
+    "The weights with their checksum, and the card that says how they came about."
+    path = pack_nano(vit, a.out)
     card = dict(seed=SEED, towns=a.towns, poses=a.poses, minutes=a.minutes, batch=a.batch, lr=a.lr, agree=a.agree, steps=step, curve_columns=['step', 'look', 'distance', 'agree'], curve=curve)
-    a.out.with_suffix('.json').write_text(json.dumps(card, indent=1))
+    path.with_suffix('.json').write_text(json.dumps(card, indent=1))
 
 
 if __name__ == '__main__': main()

@@ -7,7 +7,7 @@ __all__ = ['LAYERS_ICON', 'STYLE', 'NOTE', 'leaflet_head', 'map_coordinates', 'f
            'raw', 'empty_map', 'map_html', 'add_ground', 'fit', 'batch_members', 'member_card', 'hard_negatives',
            'batch_layers', 'clique_map']
 
-# %% ../../nbs/51_viz_map.ipynb #46435b0e
+# %% ../../nbs/51_viz_map.ipynb #0e6bcd02
 from importlib.resources import files
 
 import folium
@@ -21,7 +21,7 @@ from ..core import UserError
 from ..geo import radius_neighbors, to_latlon
 from .style import COLORS, escape, palette, place_label, place_labels, thumbnail
 
-# %% ../../nbs/51_viz_map.ipynb #7514b2c0
+# %% ../../nbs/51_viz_map.ipynb #6feea246
 LAYERS_ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' width='26' height='26' viewBox='0 0 26 26'%3E%3Cpath d='M13 4 23 9.5 13 15 3 9.5zM3 13l10 5.5L23 13M3 16.5 13 22l10-5.5' "
                "fill='none' stroke='%23555' stroke-width='1.7'/%3E%3C/svg%3E")
 
@@ -32,7 +32,7 @@ def leaflet_head() -> str:
     for name in ('layers.png', 'layers-2x.png', 'marker-icon.png'): css = css.replace(f'url(images/{name})', f'url("{LAYERS_ICON}")')
     return f'<style>{css}</style><script>{js.replace("//# sourceMappingURL=leaflet.js.map", "")}</script>'
 
-# %% ../../nbs/51_viz_map.ipynb #109a941b
+# %% ../../nbs/51_viz_map.ipynb #45ef86ce
 def map_coordinates(
     df:pd.DataFrame, # easting, northing, and zone, or lat and lon
     center=None,     # (easting, northing) that is 0, 0 on a sheet of metres; None: the mean
@@ -46,7 +46,7 @@ def map_coordinates(
     for z in set(zone): out[zone == z] = np.stack(to_latlon(*xy[zone == z].T, z)[::-1], 1)
     return out, True
 
-# %% ../../nbs/51_viz_map.ipynb #92592c4b
+# %% ../../nbs/51_viz_map.ipynb #ca4f58c2
 def features(
     kind:str,    # 'Point', 'LineString' or 'MultiLineString'
     coordinates, # of each feature, x first
@@ -70,7 +70,7 @@ def layer(
     if 'card' in has: folium.GeoJsonPopup(['card'], labels=False, max_width=420).add_to(out)
     return out
 
-# %% ../../nbs/51_viz_map.ipynb #4e58e61f
+# %% ../../nbs/51_viz_map.ipynb #fb7e0d7b
 def street_lines(
     xy,          # positions in metres [N, 2], of one city
     reach=60.,   # metres; no longer line is drawn
@@ -89,7 +89,7 @@ def city_streets(
     parts = [np.sort(r)[street_lines(df[['easting', 'northing']].to_numpy(float)[np.sort(r)], reach)] for r in rows]
     return np.concatenate([np.zeros((0, 2), int), *parts])
 
-# %% ../../nbs/51_viz_map.ipynb #73fa7e1c
+# %% ../../nbs/51_viz_map.ipynb #64bdc258
 STYLE = '''<style>.leaflet-container{background:%s;font-family:system-ui,"DejaVu Sans",sans-serif;font-size:13px!important} .leaflet-popup-content{margin:10px 14px;font-size:13px} .leaflet-popup-content td{vertical-align:top;padding:1px 4px}
 .leaflet-popup-content img{border-radius:4px;display:block} .leaflet-tooltip table td{padding:0} .sage-star{font:22px/22px "DejaVu Sans",sans-serif;text-align:center;text-shadow:-1px 0 #fff,1px 0 #fff,0 1px #fff,0 -1px #fff,0 0 3px #000}
 .sage-note{position:absolute;left:12px;bottom:62px;z-index:800;max-width:340px;padding:7px 11px;border-radius:5px;background:rgba(255,255,255,.9);color:#333;font:12px/1.45 system-ui,"DejaVu Sans",sans-serif;box-shadow:0 1px 4px rgba(0,0,0,.3)}
@@ -123,7 +123,7 @@ def map_html(
     "The map as one HTML page."
     return m.get_root().render()
 
-# %% ../../nbs/51_viz_map.ipynb #b2ad0449
+# %% ../../nbs/51_viz_map.ipynb #277d71c6
 def add_ground(
     m:folium.Map,       # changed
     images:pd.DataFrame, # table of places or nodes: a dot for each
@@ -148,7 +148,7 @@ def fit(
     low, high = np.min(at, axis=0), np.max(at, axis=0)
     m.fit_bounds([low[::-1].tolist(), high[::-1].tolist()], padding=(24, 24), max_zoom=20)
 
-# %% ../../nbs/51_viz_map.ipynb #1ea8f4b9
+# %% ../../nbs/51_viz_map.ipynb #48e44260
 def batch_members(
     run,         # a `Run`
     epoch:int,   # which
@@ -174,9 +174,10 @@ def member_card(
     "Picture, name and affinity of a member."
     role = f'anchor of slot {row.slot}' if row.rank == 0 else f'slot {row.slot}, taken as number {row.rank + 1}'
     worth = ('seed score S' if row.rank == 0 else 'mean affinity to those before') + f': {row.mean_affinity:.2f} m' if np.isfinite(row.mean_affinity) else 'no affinity (drawn without a graph)'
-    return f'<img src="{thumbnail(row.image, size)}" width="{size}" alt=""><b>{row.label}</b><br>{role}<br>{worth}<br>{row.metres:.1f} m from the anchor<br><small>{escape(str(row.image).replace(chr(92), "/").rsplit("/", 1)[-1])}</small>'
+    where = '' if row.rank == 0 else f'{row.metres:.1f} m from the anchor<br>'
+    return f'<img src="{thumbnail(row.image, size)}" height="{size*3//4}" alt=""><b>{row.label}</b><br>{role}<br>{worth}<br>{where}<small>{escape(str(row.image).replace(chr(92), "/").rsplit("/", 1)[-1])}</small>'
 
-# %% ../../nbs/51_viz_map.ipynb #de27600e
+# %% ../../nbs/51_viz_map.ipynb #277ab132
 def hard_negatives(
     run,        # a `Run`
     epoch:int,
@@ -200,7 +201,7 @@ def _nodes_of(nodes, places):
     number = {(c, p): n for c, p, n in zip(nodes.city, nodes.place, nodes.node)}
     return np.array([number[c, p] for c, p in zip(places.city, places.place)])
 
-# %% ../../nbs/51_viz_map.ipynb #810e0a31
+# %% ../../nbs/51_viz_map.ipynb #351c55ca
 def _star(color='', text=''):
     "An icon of a star with a number."
     return folium.DivIcon(html=f'<div class="sage-star" style="color:{color}">★<span style="font-size:12px;font-weight:600;color:#222;vertical-align:super;text-shadow:0 0 3px #fff,0 0 3px #fff">{text}</span></div>', icon_size=(30, 22), icon_anchor=(11, 11), class_name='')
@@ -230,7 +231,7 @@ def batch_layers(
         if part is not None: part.add_to(group)
     return group
 
-# %% ../../nbs/51_viz_map.ipynb #90ebc2c3
+# %% ../../nbs/51_viz_map.ipynb #70df405b
 NOTE = ('<b>Clique batches</b><br>★ anchor · ● images taken with it: one clique, one place of the batch · <span style="color:%s">┄</span> hard negatives: slots that look most alike, though they are different places<br>'
         'Click a star or a dot for its picture. %s') % (COLORS['vermillion'], '%s')
 
