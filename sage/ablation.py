@@ -6,7 +6,7 @@
 __all__ = ['POOLINGS', 'METHODS', 'CONTRASTS', 'VARIED', 'cells', 'interval', 'table5', 'paired', 'cell_settings', 'cell_row',
            'claim', 'read_json', 'finished', 'ablate', 'recall_columns', 'as_markdown', 'write_tables', 'plot_ablation']
 
-# %% ../nbs/44_ablation.ipynb #3091cf28
+# %% ../nbs/44_ablation.ipynb #50ec4cab
 import json, shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from .run import Run, plain, write_json
 from .settings import Settings, make_model
 from .train import check_sources, fingerprint, fit
 
-# %% ../nbs/44_ablation.ipynb #6de068f7
+# %% ../nbs/44_ablation.ipynb #a7e271f6
 POOLINGS = {'CFP': 0., 'SoftP': .5} # pooling → bound α of the soft weights
 METHODS = ('random', 'static', 'ogc', 'gws', 'sage', 'diverse')
 CONTRASTS = ((('SoftP', 'sage'), ('SoftP', 'random')), (('SoftP', 'sage'), ('SoftP', 'static')), (('SoftP', 'sage'), ('SoftP', 'ogc')), (('SoftP', 'sage'), ('SoftP', 'gws')),
@@ -39,7 +39,7 @@ def cells(
     if seeds < 1: raise UserError(f'an ablation needs at least one seed, not {seeds}; use 5')
     return [(seed, pooling, method) for seed in range(seeds) for pooling in poolings for method in methods]
 
-# %% ../nbs/44_ablation.ipynb #787b9a69
+# %% ../nbs/44_ablation.ipynb #76c9cfeb
 def interval(
     values, # one number for each seed
 )->tuple: # mean and half the width of the 95 % interval; nan for a single value
@@ -48,7 +48,7 @@ def interval(
     half = stats.t.ppf(.975, len(v) - 1) * v.std(ddof=1) / np.sqrt(len(v)) if len(v) > 1 else np.nan
     return v.mean(), half
 
-# %% ../nbs/44_ablation.ipynb #506ff21d
+# %% ../nbs/44_ablation.ipynb #eebc1182
 def table5(
     rows:pd.DataFrame, # one row for each training: pooling, method, seed, recalls
     metric:str, # column, e.g. 'unseen town/recall@1'
@@ -71,7 +71,7 @@ def paired(
         if len(d): m, h = interval(d); out.append((' + '.join(a), ' + '.join(b), len(d), m, h, m - h, m + h))
     return pd.DataFrame(out, columns=['first', 'second', 'seeds', 'difference', 'half', 'low', 'high'])
 
-# %% ../nbs/44_ablation.ipynb #d746fe2e
+# %% ../nbs/44_ablation.ipynb #f184c798
 VARIED = ('strategy', 'alpha', 'seed') # what tells cells apart; all else is equal
 
 def cell_settings(
@@ -95,7 +95,7 @@ def cell_row(
     used = dict(epochs=int(last.epoch), steps=int(last.get('step', 0)), images=int(epochs['images'].sum()) if 'images' in epochs else 0)
     return dict(pooling=pooling, method=method, seed=seed, **used, **recalls, **curves, train_s=float(epochs['train_s'].sum()) if 'train_s' in epochs else 0.)
 
-# %% ../nbs/44_ablation.ipynb #4df7d4d0
+# %% ../nbs/44_ablation.ipynb #1ac594bc
 def claim(
     out:Path, # folder of the ablation
     settings:Settings, # common to all cells
@@ -126,7 +126,7 @@ def finished(
     order = lambda column: column.map({v: i for i, v in enumerate([*POOLINGS, *METHODS])}.get) if column.name != 'seed' else column
     return pd.DataFrame(rows).sort_values(['pooling', 'method', 'seed'], key=order, ignore_index=True)
 
-# %% ../nbs/44_ablation.ipynb #bdaa75b9
+# %% ../nbs/44_ablation.ipynb #0ad57b81
 def ablate(
     settings:Settings, # common to all cells; 'none' as `augment` and some `cache_gb` make it quick
     train_tables, # as `fit` takes them
@@ -158,7 +158,7 @@ def ablate(
         write_tables(out)
     return finished(out)
 
-# %% ../nbs/44_ablation.ipynb #907a5029
+# %% ../nbs/44_ablation.ipynb #9e365791
 def recall_columns(rows): # names of the R@1 columns
     return [c for c in rows if c.endswith('/recall@1')]
 
@@ -188,7 +188,7 @@ def write_tables(
     with atomic(Path(out)/'results.csv') as part: rows.to_csv(part, index=False)
     with atomic(Path(out)/'table.md') as part: Path(part).write_text(as_markdown(rows))
 
-# %% ../nbs/44_ablation.ipynb #c9f38a8b
+# %% ../nbs/44_ablation.ipynb #695fe008
 def plot_ablation(
     rows:pd.DataFrame, # from `finished`
     metric:str, # column, e.g. 'unseen town/recall@1'

@@ -123,7 +123,7 @@ def test_unreadable_images_are_counted_named_and_left_out(tmp_path, sets, capsys
     write_utm(val, tmp_path/'cestadt')
     code, out, err = run('eval', '--checkpoint', tmp_path/'run', '--data', tmp_path/'cestadt', '--quiet', capsys=capsys)
     assert code == 0, err
-    assert '#database 17' in out and '1 database images cannot be read and are left out' in out
+    assert '#database 17' in out and '1 of the 18 database images cannot be read and are left out' in out
 
 
 @pytest.mark.parametrize('argv, says', [
@@ -164,6 +164,9 @@ def test_existing_run_needs_resume(sets, tmp_path, capsys):
     code, out, err = run('train', *argv[:6], '--resume', '--epochs', 2, '--quiet', capsys=capsys)
     assert code == 0, err
     assert Run(tmp_path/'run').epochs() == [0, 1, 2]
+    code, out, err = run('train', '--run', tmp_path/'run', '--resume', '--epochs', 3, '--quiet', capsys=capsys)     # the run remembers its data
+    assert code == 0, err
+    assert Run(tmp_path/'run').epochs() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize('make, says', [

@@ -4,23 +4,20 @@
 
 # %% auto #0
 __all__ = ['STATES', 'map_positions', 'fair_shares', 'single_edges', 'bundled_edges', 'edges_for_view', 'View', 'line_arrays',
-           'graph_view', 'score_range', 'graph_layout', 'graph_figure', 'show_view', 'node_card', 'Neighborhood',
-           'neighborhood', 'neighbourhood_figure', 'growth', 'clique_growth_figure', 'inner_mean']
+           'graph_view', 'epoch_words', 'score_range', 'graph_layout', 'graph_figure', 'show_view', 'node_card',
+           'node_row']
 
-# %% ../../nbs/50_viz_graph.ipynb #b096a13c
+# %% ../../nbs/50_viz_graph.ipynb #12977223
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from ..clique import greedy_clique, seed_scores
-from ..core import UserError, stream
-from ..graph import TAU2, affinity, typical_norm
+from ..core import UserError
 from .style import COLORS, SCALE, escape, place_label, place_labels, template, thumbnail
 
-# %% ../../nbs/50_viz_graph.ipynb #8fe8300e
+# %% ../../nbs/50_viz_graph.ipynb #a2536c69
 def map_positions(
     nodes:pd.DataFrame, # nodes of an epoch, or any table with city, easting, northing
 ) -> np.ndarray:        # [n, 2] float32, metres
@@ -33,7 +30,7 @@ def map_positions(
     shift = np.array([[c % side, -(c//side)] for c in range(len(cities))]).reshape(-1, 2)*cell
     return (xy + (shift - boxes.mean(1))[codes]).astype(np.float32)
 
-# %% ../../nbs/50_viz_graph.ipynb #2fa4a13f
+# %% ../../nbs/50_viz_graph.ipynb #17631f18
 def fair_shares(
     wanted,    # how many lines each group has [G]
     limit:int, # lines there is room for
@@ -52,9 +49,10 @@ def _strongest(lines, limit):
     shares = fair_shares([len(s) for s in states], limit)
     return pd.concat([s.nlargest(n, 'strength') if n < len(s) else s for s, n in zip(states, shares)], ignore_index=True)
 
+# %% ../../nbs/50_viz_graph.ipynb #5e1a1424
 STATES = dict(kept=dict(color=COLORS['grey'], dash='solid'), new=dict(color=COLORS['blue'], dash='dash'), broken=dict(color=COLORS['vermillion'], dash='dot'))
 
-# %% ../../nbs/50_viz_graph.ipynb #31d83a3f
+# %% ../../nbs/50_viz_graph.ipynb #ee0bb491
 def single_edges(
     xy,                 # positions of the nodes [n, 2]
     edges:pd.DataFrame, # of an epoch
@@ -66,6 +64,7 @@ def single_edges(
     lines = pd.DataFrame(dict(x0=a[0], y0=a[1], x1=b[0], y1=b[1], state=edges.state.to_numpy(), count=1, affinity=edges.affinity.to_numpy(), strength=strength))
     return _strongest(lines, limit).assign(thick=lambda d: d.strength > .5)
 
+# %% ../../nbs/50_viz_graph.ipynb #d0a41124
 def bundled_edges(
     xy,                 # positions of the nodes [n, 2]
     edges:pd.DataFrame, # of an epoch
@@ -86,11 +85,12 @@ def bundled_edges(
     lines = _strongest(lines[a != b], limit)
     return lines.assign(thick=lines['count'] > lines['count'].quantile(.75))
 
+# %% ../../nbs/50_viz_graph.ipynb #f177a39d
 def _ends(values):
     "(lowest, highest), (0, 1) of nothing."
     return (float(values.min()), float(values.max())) if len(values) else (0., 1.)
 
-# %% ../../nbs/50_viz_graph.ipynb #6ecf9588
+# %% ../../nbs/50_viz_graph.ipynb #2c5bde5c
 def edges_for_view(
     xy,                 # positions of the nodes [n, 2]
     edges:pd.DataFrame, # of an epoch: src, dst, affinity, kind, state
@@ -114,7 +114,7 @@ def _in_window(xy, window):
     if window is None: return np.ones(len(xy), bool)
     return (xy[:, 0] >= window[0]) & (xy[:, 0] <= window[1]) & (xy[:, 1] >= window[2]) & (xy[:, 1] <= window[3])
 
-# %% ../../nbs/50_viz_graph.ipynb #56249b52
+# %% ../../nbs/50_viz_graph.ipynb #ae9ac61d
 class View(NamedTuple):
     "What a graph figure shows: properties of its traces, in their order, and a title."
     traces: list
@@ -131,6 +131,7 @@ def _node_trace(nodes, labels, xy, keep, **marker):
     "Properties of the trace of those nodes that `keep` says; customdata is the node's number."
     return dict(x=xy[keep, 0], y=xy[keep, 1], text=labels[keep], customdata=nodes.node.to_numpy(np.int32)[keep], marker=marker)
 
+# %% ../../nbs/50_viz_graph.ipynb #8f952296
 def graph_view(
     nodes:pd.DataFrame, # of an epoch
     edges:pd.DataFrame,
@@ -156,13 +157,15 @@ def _title(epoch, nodes, n_edges, lines, selection):
     bundled, drawn = (lines['count'] > 1).any(), lines['count'].sum()
     what = 'edges of the selection' if selection is not None else 'edges' if drawn == n_edges else f'of {n_edges:,} edges'
     drawn = f'{drawn:,} {what} drawn' + (f' as {len(lines):,} bundles; look closer to see single ones' if bundled else '')
-    return f'Geo-visual graph{_when(epoch)} · {len(nodes):,} places<br><sup>{drawn}; thick: {"many in one" if bundled else "higher affinity"}</sup>'
+    return f'Geo-visual graph{epoch_words(epoch)} · {len(nodes):,} places<br><sup>{drawn}; thick: {"many in one" if bundled else "higher affinity"}</sup>'
 
-def _when(epoch):
+def epoch_words(
+    epoch, # finished epochs, or None
+) -> str:
     "' after 3 epochs'; nothing for None or a number that counts from the last."
     return '' if epoch is None or epoch < 0 else ' before training' if epoch == 0 else f' after {epoch} epoch{"s"[:epoch > 1]}'
 
-# %% ../../nbs/50_viz_graph.ipynb #a19a4195
+# %% ../../nbs/50_viz_graph.ipynb #ba190c17
 def _frame_of(
     view:View,       # the first view
     scores,          # (lowest, highest) of the colours
@@ -190,7 +193,7 @@ def score_range(
     scores = scores[np.isfinite(scores)]
     return tuple(float(v) for v in np.percentile(scores, [2, 98])) if len(scores) else (-1., 0.)
 
-# %% ../../nbs/50_viz_graph.ipynb #ddb9bef9
+# %% ../../nbs/50_viz_graph.ipynb #1423993c
 def _player(names):
     "A slider with a stop for each frame, and buttons to play and pause."
     at_once = dict(mode='immediate', frame=dict(duration=0, redraw=True), transition=dict(duration=0))
@@ -199,6 +202,7 @@ def _player(names):
     buttons = [dict(label='▶', method='animate', args=[None, play]), dict(label='❚❚', method='animate', args=[[None], at_once])]
     return dict(sliders=[slider], updatemenus=[dict(type='buttons', direction='left', showactive=False, x=0, y=0, xanchor='left', yanchor='top', pad=dict(t=62), buttons=buttons)])
 
+# %% ../../nbs/50_viz_graph.ipynb #0445cdab
 def _positions(positions, epoch):
     "Positions of one epoch out of an array for all or a dict by epoch."
     return positions.get(epoch) if isinstance(positions, dict) else positions
@@ -218,7 +222,7 @@ def graph_layout(
     return dict(template=template(dark), height=height, uirevision='graph', dragmode='pan', hovermode='closest', margin=dict(l=70, r=20, t=110, b=60),
                 legend=dict(orientation='h', y=1.01, yanchor='bottom', x=0), xaxis=dict(title=names[0], range=window[:2], **unit), yaxis=dict(title=names[1], range=window[2:], scaleanchor='x', **unit))
 
-# %% ../../nbs/50_viz_graph.ipynb #8870991b
+# %% ../../nbs/50_viz_graph.ipynb #151729f0
 def graph_figure(
     run,              # a `Run`
     epochs=None,      # which; None: all that are complete, one number: no slider
@@ -245,13 +249,14 @@ def graph_figure(
         fig.update_layout(_player([str(e) for e in epochs]))
     return fig
 
+# %% ../../nbs/50_viz_graph.ipynb #77af0a80
 def _name_cities(fig, nodes, xy):
     "A name over each city, where there are several."
     codes, cities = pd.factorize(nodes.city)
     for c, city in enumerate(cities if len(cities) > 1 else []):
         fig.add_annotation(x=float(xy[codes == c, 0].mean()), y=float(xy[codes == c, 1].max()), text=escape(city), yshift=14, showarrow=False)
 
-# %% ../../nbs/50_viz_graph.ipynb #e0f72d94
+# %% ../../nbs/50_viz_graph.ipynb #3d0cd6cf
 def show_view(
     fig,       # a `go.FigureWidget` (or Figure) made by `graph_figure` with one epoch
     view:View, # what it should show now
@@ -261,210 +266,23 @@ def show_view(
         for trace, new in zip(fig.data, view.traces): trace.update(new)
         fig.layout.title.text = view.title
 
-# %% ../../nbs/50_viz_graph.ipynb #95a7ad67
+# %% ../../nbs/50_viz_graph.ipynb #699e25e5
 def node_card(
     nodes:pd.DataFrame, # of an epoch
     node:int,           # node number
     size=160,           # pixels of the picture
 ) -> str:               # HTML
     "A place's picture, name, score and position. Raises `UserError` for a node that is not there."
-    row = _node(nodes, node)
+    row = node_row(nodes, node)
     score = f'seed score {row.seed_score:.2f} m' if np.isfinite(row.seed_score) else 'nobody within 25 m'
     return (f'<figure style="margin:0;font:13px system-ui;color:#7F7F7F"><img src="{thumbnail(row.image, size)}" style="max-width:100%;border-radius:4px" alt=""><figcaption><b>{place_label(row)}</b><br>{score}<br>'
             f'{row.easting:.0f} m E, {row.northing:.0f} m N</figcaption></figure>')
 
-def _node(nodes, node):
+def node_row(
+    nodes:pd.DataFrame, # of an epoch
+    node:int,           # node number
+) -> pd.Series:
     "The row of a node. Raises `UserError` where there is none."
     found = np.flatnonzero(nodes.node.to_numpy() == node)
     if not len(found): raise UserError(f'no node {node}: this epoch has {len(nodes)} nodes, numbered from 0')
     return nodes.iloc[int(found[0])]
-
-# %% ../../nbs/50_viz_graph.ipynb #cac8add7
-class Neighborhood(NamedTuple):
-    "What surrounds a place in an epoch's graph."
-    near: np.ndarray       # node numbers within 25 m, nearest first
-    alike: np.ndarray      # node numbers by descriptor, most alike first
-    distance: np.ndarray   # descriptor distances of `alike`
-    members: pd.DataFrame  # rows of the cliques table: the batch slot that holds the place; may be empty
-    W: np.ndarray          # affinities of [place, *near, *alike] in metres
-
-def neighborhood(
-    run,        # a `Run`
-    epoch:int,  # which
-    node:int,   # node number
-    similar=15, # how many look-alikes
-) -> Neighborhood:
-    "The surroundings of a place. Raises `UserError` for a node that is not there."
-    nodes, edges, cliques = run.nodes(epoch), run.edges(epoch), run.cliques(epoch)
-    _node(nodes, node)
-    mine = edges[((edges.src == node) | (edges.dst == node)) & (edges.state != 'broken')]
-    mine = mine.assign(other=np.where(mine.src == node, mine.dst, mine.src))
-    near, alike = mine[mine.kind == 'near'].sort_values('d_geo'), mine.sort_values('d_vis')[:similar]
-    alike = alike[alike.kind != 'near']
-    order = np.concatenate([[node], near.other, alike.other]).astype(int)
-    F = np.asarray(run.descriptors(epoch)[order], np.float32)
-    return Neighborhood(near.other.to_numpy(), alike.other.to_numpy(), alike.d_vis.to_numpy(), _slot_of(cliques, nodes, node), affinity(nodes[['easting', 'northing']].to_numpy(float)[order], F))
-
-def _slot_of(cliques, nodes, node):
-    "The first recorded batch slot that holds an image of the place."
-    row = nodes.iloc[node]
-    mine = cliques[cliques.node == node] if 'node' in cliques else cliques[cliques.place == row.place]
-    if mine.empty: return cliques[:0]
-    first = mine.iloc[0]
-    return cliques[(cliques.batch == first.batch) & (cliques.slot == first.slot)].sort_values('rank')
-
-# %% ../../nbs/50_viz_graph.ipynb #0aaf3820
-def _affinity_heat(W, labels, edge):
-    "W as a heat map of log(1 + |W|), with dots at the edges."
-    ticks = np.array([0, 1, 3, 10, 31.3, 100, 300, 1000, 3000])
-    ticks = ticks[ticks <= max(31.3, -W.min())]
-    where, bar = np.arange(len(W)), dict(title=dict(text='affinity W [m]', side='right'), tickvals=np.log10(1 + ticks), ticktext=['0', *('−31.3 = τ₂' if t == 31.3 else f'−{t:g}' for t in ticks[1:])], thickness=12, len=.58, y=1, yanchor='top')
-    hover = np.array([[f'{a}<br>{b}<br>W = {w:.2f} m' for b, w in zip(labels, row)] for a, row in zip(labels, W)], dtype=object)
-    return go.Heatmap(z=np.log10(1 - W), x=where, y=where, text=np.where(edge, '•', ''), texttemplate='%{text}', textfont_color='white', customdata=hover, hovertemplate='%{customdata}<extra></extra>', colorscale=SCALE, reversescale=True, zmin=0, zmax=float(np.log10(1 + ticks[-1])), colorbar=bar)
-
-def _picture_row(fig, row, images, captions):
-    "A row of thumbnails with captions in the subplot (row, 1)."
-    x, y = (f'{a}{2 + row - 1}' for a in 'xy')
-    for i, (image, caption) in enumerate(zip(images, captions)):
-        fig.add_layout_image(source=thumbnail(image, 96), xref=x, yref=y, x=i, y=.32, sizex=.94, sizey=.68, xanchor='center', yanchor='bottom', sizing='contain')
-        fig.add_annotation(x=i, y=.3, xref=x, yref=y, text=caption, showarrow=False, yanchor='top', font_size=11)
-
-# %% ../../nbs/50_viz_graph.ipynb #bb0f7cef
-def _neighborhood_map(fig, xy, groups, labels):
-    "Nodes of each group on the map, lines from the first to all others."
-    fig.add_scattergl(x=xy[:, 0], y=xy[:, 1], mode='markers', marker=dict(size=4, color=COLORS['grey'], opacity=.35), hoverinfo='skip', showlegend=False, row=1, col=1)
-    (_, center, _), *_ = groups.values()
-    for name, (color, rows, symbol) in groups.items():
-        ends = np.stack([np.repeat(xy[center], len(rows), 0), xy[rows], np.full((len(rows), 2), np.nan)], 1).reshape(-1, 2)
-        if name != 'this place': fig.add_scattergl(x=ends[:, 0], y=ends[:, 1], mode='lines', line=dict(color=color, width=1.2, dash='dot' if symbol == 'diamond' else 'solid'), hoverinfo='skip', showlegend=False, row=1, col=1)
-    for name, (color, rows, symbol) in reversed(groups.items()):
-        fig.add_scattergl(x=xy[rows, 0], y=xy[rows, 1], mode='markers', name=name, text=labels[rows], customdata=np.asarray(rows, np.int32), hovertemplate='%{text}<extra></extra>',
-                          marker=dict(color=color, size=18 if symbol == 'star' else 10, symbol=symbol, line=dict(width=1, color='white')), row=1, col=1)
-
-def neighbourhood_figure(
-    run,         # a `Run`
-    epoch:int,   # which; negative counts from the last
-    node:int,    # node number
-    similar=15,  # how many look-alikes
-    positions=None, # layout [n, 2] in place of the map
-    dark=None,   # see `template`
-    height=860,  # pixels
-) -> go.Figure:
-    "One place: the places that look like it, those within 25 m, the clique it was drawn in, and the affinities among them. Raises `UserError` for a node that is not there."
-    nodes, around = run.nodes(epoch), neighborhood(run, epoch, node, similar)
-    xy, labels = map_positions(nodes) if positions is None else np.asarray(positions, np.float32), place_labels(nodes)
-    order, floor = np.array([node, *around.near, *around.alike]), TAU2*typical_norm(np.asarray(run.descriptors(epoch)[[node]], np.float32))
-    place = nodes[['easting', 'northing']].to_numpy(float)[order]
-    edge = (around.W > floor) & (np.linalg.norm(place[:, None] - place[None], axis=2) < 25) & ~np.eye(len(order), dtype=bool)
-    fig = make_subplots(3, 2, specs=[[{}, {}], [{'colspan': 2}, None], [{'colspan': 2}, None]], row_heights=[.64, .18, .18], column_widths=[.52, .48], vertical_spacing=.09, horizontal_spacing=.09,
-                        subplot_titles=('', 'affinities; • = an edge of the clique graph', 'the places most like it, with the descriptor distance', _clique_title(around.members)))
-    groups = {'this place': (COLORS['vermillion'], [node], 'star'), 'within 25 m': (COLORS['green'], around.near, 'circle'), 'looks alike': (COLORS['blue'], around.alike, 'diamond')}
-    _neighborhood_map(fig, xy, groups, labels)
-    fig.add_trace(_affinity_heat(around.W, labels[order], edge), 1, 2)
-    _name_places(fig, [escape(p) for p in nodes.place.iloc[order]])
-    alike = nodes.iloc[around.alike]
-    _picture_row(fig, 2, [nodes.image[node], *alike.image], [f'<b>{escape(nodes.place[node])}</b>', *(f'{escape(p)}<br>{d:.2f}' for p, d in zip(alike.place, around.distance))])
-    _picture_row(fig, 3, around.members.image, [_rank_caption(m) for m in around.members.itertuples()])
-    return _finish_neighbourhood(fig, nodes, node, epoch, max(10, len(alike) + 1), positions is None, dark, height)
-
-# %% ../../nbs/50_viz_graph.ipynb #215d4f60
-def _clique_title(members):
-    "Where the clique was drawn, and that numbers are mean affinities."
-    if members.empty: return 'in none of the recorded batches'
-    return f'its clique in batch {members.batch.iloc[0]}, in the order taken, with the mean affinity'
-
-def _name_places(fig, names):
-    "Ticks of the heat map: the places' numbers, or none where there are too many."
-    ticks = dict(tickvals=list(range(len(names))), ticktext=names, showticklabels=len(names) <= 26, tickfont_size=10)
-    fig.update_xaxes(row=1, col=2, **ticks)
-    fig.update_yaxes(row=1, col=2, **ticks)
-
-def _rank_caption(member):
-    "Rank and affinity of a clique's member."
-    rank = 'anchor' if member.rank == 0 else f'+{member.rank}'
-    return f'{rank}<br>{member.mean_affinity:.1f} m' if np.isfinite(member.mean_affinity) else rank
-
-def _finish_neighbourhood(fig, nodes, node, epoch, wide, on_map, dark, height):
-    "Title, axes and legend of the neighbourhood figure."
-    fig.update_layout(template=template(dark), height=height, title=f'{place_label(nodes.iloc[node])}{_when(epoch)}', legend=dict(orientation='h', y=1.035, yanchor='bottom', x=0, traceorder='reversed'), margin=dict(t=110, b=20))
-    fig.for_each_annotation(lambda a: a.update(x=0, xanchor='left', font_size=13), lambda a: a.text.startswith(('its clique', 'the places most', 'in none')))
-    fig.for_each_annotation(lambda a: a.update(font_size=13), lambda a: a.text.startswith('affinities'))
-    unit = dict(ticksuffix=' m', title='east of the middle of the city') if on_map else dict(showticklabels=False, title='layout by likeness (no unit)')
-    fig.update_xaxes(row=1, col=1, **unit)
-    fig.update_yaxes(row=1, col=1, scaleanchor='x', constrain='domain', **{**unit, 'title': 'north' if on_map else ''})
-    fig.update_xaxes(row=1, col=2, title='this place, those near, those alike', showgrid=False, constrain='domain')
-    fig.update_yaxes(row=1, col=2, autorange='reversed', scaleanchor='x2', showgrid=False, constrain='domain')
-    for row in (2, 3):
-        fig.update_xaxes(row=row, col=1, range=[-.5, wide - .5], visible=False)
-        fig.update_yaxes(row=row, col=1, range=[0, 1], visible=False)
-    return fig
-
-# %% ../../nbs/50_viz_graph.ipynb #e09714fa
-def growth(
-    W,     # affinities [N, N]; -inf or NaN is a cut edge
-    order, # node numbers in the order taken [k]
-) -> np.ndarray: # [k, N]: row 0 the seed scores, row t the mean affinity to the t members before; NaN for members
-    "What each image would have scored at each step."
-    W, out = np.where(np.isnan(W), -np.inf, np.asarray(W, float)), np.empty((len(order), len(W)))
-    for t in range(len(order)):
-        out[t] = W[:, order[:t]].mean(1) if t else seed_scores(W)
-        out[t, order[:t]] = np.nan
-    return out
-
-# %% ../../nbs/50_viz_graph.ipynb #d0f64662
-def _growth_paths(fig, steps, order, name, color, dash, symbol):
-    "The scores of those taken, step by step."
-    y = steps[np.arange(len(order)), order]
-    fig.add_scatter(x=np.arange(len(order)), y=np.where(np.isfinite(y), y, np.nan), mode='lines+markers', name=name, line=dict(color=color, dash=dash, width=2), marker=dict(size=12, symbol=symbol, line=dict(width=1, color='white')),
-                    text=[f'image {i}' for i in order], hovertemplate='%{text}: %{y:.2f} m<extra>' + name + '</extra>', row=1, col=1)
-
-def clique_growth_figure(
-    images,      # of the N images of a spot: paths, PIL images or arrays
-    W,           # affinities [N, N]; -inf or NaN is a cut edge
-    k=4,         # how many are taken
-    order=None,  # the order taken; None: `greedy_clique`
-    other=None,  # another choice to compare with; None: at random
-    seed=0,      # of that
-    labels=None, # a caption for each image
-    dark=None,   # see `template`
-    height=560,  # pixels
-) -> go.Figure:
-    "One clique step by step: what each candidate scores, which is taken, and the same by random choice. Raises `UserError` where sizes differ, or for fewer than `k` images."
-    W = np.asarray(W, float)
-    if len(images) != len(W): raise UserError(f'{len(images)} images but affinities of {len(W)}; give one image for each row of W')
-    order = greedy_clique(W, k) if order is None else np.asarray(order)
-    other = stream(seed, 'clique growth').permutation(len(W))[:len(order)] if other is None else np.asarray(other)
-    fig = make_subplots(3, 1, row_heights=[.48, .26, .26], vertical_spacing=.07)
-    steps = growth(W, order)
-    t, i = np.nonzero(np.isfinite(steps))
-    fig.add_scatter(x=t, y=steps[t, i], mode='markers', name='candidates', text=[f'image {j}' for j in i], hovertemplate='%{text}: %{y:.2f} m<extra>candidate</extra>', marker=dict(color=COLORS['grey'], size=7, opacity=.6), row=1, col=1)
-    _growth_paths(fig, growth(W, other), other, 'at random', COLORS['vermillion'], 'dot', 'x')
-    _growth_paths(fig, steps, order, 'greedy', COLORS['blue'], 'solid', 'star')
-    for row, chosen in ((2, order), (3, other)): _growth_row(fig, row, [images[i] for i in chosen], [escape(labels[i]) if labels is not None else f'image {i}' for i in chosen])
-    return _finish_growth(fig, W, order, other, dark, height)
-
-# %% ../../nbs/50_viz_graph.ipynb #b41fd60d
-def _growth_row(fig, row, images, captions):
-    "Thumbnails under the steps."
-    for t, (image, caption) in enumerate(zip(images, captions)):
-        fig.add_layout_image(source=thumbnail(image, 128), xref=f'x{row}', yref=f'y{row}', x=t, y=.2, sizex=.94, sizey=.8, xanchor='center', yanchor='bottom', sizing='contain')
-        fig.add_annotation(x=t, y=.18, xref=f'x{row}', yref=f'y{row}', text=caption, showarrow=False, yanchor='top', font_size=11)
-    fig.update_yaxes(row=row, col=1, range=[0, 1], showticklabels=False, showgrid=False, ticks='', zeroline=False, title=dict(text=('greedy', 'at random')[row - 2]))
-    fig.update_xaxes(row=row, col=1, visible=False, range=[-.5, len(images) - .5])
-
-def inner_mean(
-    W,       # affinities [N, N]
-    members, # node numbers
-) -> float:  # mean affinity of the pairs among them, metres
-    "How well a group hangs together."
-    rows, cols = np.triu_indices(len(members), 1)
-    return float(np.mean(np.asarray(W)[np.asarray(members)[rows], np.asarray(members)[cols]])) if len(rows) else 0.
-
-def _finish_growth(fig, W, order, other, dark, height):
-    "Title and axes of the growth figure."
-    name = lambda v: f'{v:.1f} m' if np.isfinite(v) else 'cut (below τ₂)'
-    fig.update_layout(template=template(dark), height=height, margin=dict(t=100, b=15), legend=dict(orientation='h', y=1.02, yanchor='bottom', x=0),
-                      title=f'{len(order)} of {len(W)} images of one spot<br><sup>mean affinity within: greedy {name(inner_mean(W, order))}, at random {name(inner_mean(W, other))}</sup>')
-    fig.update_xaxes(row=1, col=1, visible=True, range=[-.5, len(order) - .5], tickvals=list(range(len(order))), ticktext=['anchor: seed score', *(f'+{t}: to the {t} taken' for t in range(1, len(order)))], showticklabels=True)
-    fig.update_yaxes(row=1, col=1, title='mean affinity [m]')
-    return fig
