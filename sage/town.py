@@ -7,7 +7,7 @@ __all__ = ['STEP', 'TEXELS', 'WALL', 'RED', 'GREEN', 'BLUE', 'GLASS', 'SIGN', 'W
            'LINE', 'CROSSING', 'CELL', 'TREES', 'street_curve', 'street_plan', 'headings', 'Facade', 'draw_facade',
            'facade_texture', 'stack_mipmaps', 'build_walls', 'wall_colours', 'paint_ground', 'glow', 'Town']
 
-# %% ../nbs/06_town.ipynb #e60b3cb1
+# %% ../nbs/06_town.ipynb #779c44b4
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from matplotlib.colors import hsv_to_rgb
 
 from .core import UserError, stream
 
-# %% ../nbs/06_town.ipynb #6cc5979f
+# %% ../nbs/06_town.ipynb #87a3b487
 STEP = 0.5  # metres between two points of a street's polyline
 
 
@@ -33,7 +33,7 @@ def street_curve(
     even = np.arange(0, length[-1], STEP)
     return np.stack([np.interp(even, length, curve[:, i]) for i in (0, 1)], axis=1)
 
-# %% ../nbs/06_town.ipynb #3a3138a9
+# %% ../nbs/06_town.ipynb #e03ae28c
 def street_plan(
     rng:np.random.Generator, # source of chance
     blocks:tuple=(3, 3), # blocks east-west and north-south
@@ -48,7 +48,7 @@ def street_plan(
     kept = [p for p in pairs if rng.random() > 0.12] or pairs
     return [street_curve(corner[a], corner[b], rng.normal(0, 0.06) * block) for a, b in kept]
 
-# %% ../nbs/06_town.ipynb #a1082932
+# %% ../nbs/06_town.ipynb #24266316
 def headings(
     line:np.ndarray, # polyline in metres [n, 2]
 ) -> np.ndarray: # compass heading at each point in degrees [n], in [0, 360)
@@ -56,7 +56,7 @@ def headings(
     d = np.gradient(line, axis=0)
     return np.degrees(np.arctan2(d[:, 0], d[:, 1])) % 360
 
-# %% ../nbs/06_town.ipynb #da10b8e8
+# %% ../nbs/06_town.ipynb #13c55020
 @dataclass(frozen=True)
 class Facade:
     "One type of house front in a town's catalogue; lengths are shares of a storey or bay unless in metres."
@@ -88,7 +88,7 @@ def draw_facade(
         arch=rng.random() < .25, bars=int(rng.integers(0, 3)), shop=rng.random() < .45, door=int(rng.integers(0, bays)), balcony=int(rng.integers(-2, 4)),
         brick=float(rng.choice([0., .12, .25])), cornice=rng.random() < .5, roof=float(rng.choice([.04, .12, .2, .28])), storey_height=float(rng.uniform(2.8, 3.6)))
 
-# %% ../nbs/06_town.ipynb #4c710e41
+# %% ../nbs/06_town.ipynb #b61a0f47
 TEXELS = 64  # side of a façade's texture
 WALL, RED, GREEN, BLUE, GLASS, SIGN = range(6)
 
@@ -129,7 +129,7 @@ def facade_texture(
     t[roof, RED:GLASS] *= (1 - .25 * (np.arange(TEXELS) % 4 < 1))[:, None, None].repeat(TEXELS, 1)[roof]
     return t
 
-# %% ../nbs/06_town.ipynb #d073a9bd
+# %% ../nbs/06_town.ipynb #07ecaa61
 def stack_mipmaps(
     textures:np.ndarray, # textures [T, S, S, C], S a power of two
 ) -> tuple: # texels of all levels [sum, C] float32, first texel of each level [levels], side of each level [levels]
@@ -142,7 +142,7 @@ def stack_mipmaps(
     texels = np.concatenate([a.reshape(-1, a.shape[-1]) for a in levels]).astype(np.float32)
     return texels, first, np.array([a.shape[1] for a in levels])
 
-# %% ../nbs/06_town.ipynb #420e8bc3
+# %% ../nbs/06_town.ipynb #b654c27b
 WALLS = np.dtype([('x0', 'f4'), ('y0', 'f4'), ('x1', 'f4'), ('y1', 'f4'), ('height', 'f4'), ('facade', 'i4'), ('colour', 'f4', 3), ('sign', 'f4', 3), ('house', 'i4')])
 
 
@@ -161,7 +161,7 @@ def _inside(corners, n=7):
     u, v = [a.ravel()[:, None] for a in np.meshgrid(np.linspace(.06, .94, n), np.linspace(.06, .94, n))]
     return (1 - v) * ((1 - u) * corners[0] + u * corners[1]) + v * ((1 - u) * corners[3] + u * corners[2])
 
-# %% ../nbs/06_town.ipynb #70dd7488
+# %% ../nbs/06_town.ipynb #3e6db585
 def build_walls(
     rng:np.random.Generator, # source of chance
     streets:list, # polylines [n, 2]
@@ -202,7 +202,7 @@ def wall_colours(
 
 SIGN_COLOURS = np.array([[.75, .12, .12], [.1, .25, .6], [.1, .45, .2], [.85, .7, .15], [.9, .9, .88], [.15, .15, .17]])
 
-# %% ../nbs/06_town.ipynb #09f8637d
+# %% ../nbs/06_town.ipynb #472560c8
 YARD, PAVEMENT, ROAD, LINE, CROSSING = range(5)
 CELL = 0.5  # metres of one cell of the ground raster
 
@@ -249,7 +249,7 @@ def glow(
         if r <= i < shape[0] - r and r <= j < shape[1] - r: light[i - r:i + r + 1, j - r:j + r + 1] += pool
     return np.minimum(light, 1.5)
 
-# %% ../nbs/06_town.ipynb #670adc55
+# %% ../nbs/06_town.ipynb #7c7b6f21
 TREES = np.dtype([('x', 'f4'), ('y', 'f4'), ('width', 'f4'), ('height', 'f4'), ('kind', 'i4')])
 
 
@@ -273,8 +273,8 @@ class Town:
         name:str='town', # city name in the table of places; part of the seed
         blocks:tuple=(3, 3), # blocks east-west and north-south
         block:float=110., # mean side of a block in metres
-        facades:int=10, # façade types in the catalogue
-        colours:int=8, # wall colours in the palette
+        facades:int=14, # façade types in the catalogue
+        colours:int=12, # wall colours in the palette
         zone:str='33N', # UTM zone
         corner:tuple=(500_000., 5_000_000.), # easting and northing of the south-west corner in metres
     ):

@@ -10,7 +10,7 @@ import pytest
 from sage.core import UserError
 from sage.places import make_table
 from sage.run import Run
-from sage.viz.map import add_ground, batch_members, city_streets, clique_map, empty_map, features, fit, hard_negatives, layer, leaflet_head, map_coordinates, map_html, street_lines
+from sage.viz.map import add_ground, batch_members, city_boxes, city_streets, clique_map, empty_map, features, fit, hard_negatives, layer, leaflet_head, map_coordinates, map_html, street_lines
 from sage.viz.toy import toy_run
 
 EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(1)>`${alert(1)}{{ 7*7 }}'
@@ -117,6 +117,20 @@ def test_layers(run):
     page = map_html(clique_map(run, [0, 1], [0, 1, 2], hard=1))
     for e, b in np.ndindex(2, 3): assert f'epoch {e} \\u00b7 batch {b}' in page
     assert page.count('"type": "Point"') == 600 + 6*32 and len(re.findall(r'"slot": \d', page)) == 6*8
+
+def test_several_cities(run, tmp_path):
+    table, cliques = run.table(), run.cliques(0)
+    far = cliques.row[cliques.slot >= 6].to_numpy()
+    table.loc[far, ['city', 'easting']] = table.loc[far].assign(city=EVIL, easting=lambda d: d.easting + 20_000)[['city', 'easting']]
+    two = Run.create(tmp_path/'two', {}, dict(mined=table))
+    two.write_epoch(0, run.nodes(0), run.edges(0), cliques, run.descriptors(0))
+    members = batch_members(two, 0, 0)
+    (first, at), (second, other) = city_boxes(members)
+    assert first == 'Toytown (6)' and second.endswith('(2)') and '<' not in second and len(at) + len(other) == 32
+    page = map_html(clique_map(two))
+    assert page.count('onclick=') == 2 and remote(page) == []
+    west, east = (float(v) for v in re.search(r'fitBounds\(\s*\[\[[\d.]+, ([\d.]+)\], \[[\d.]+, ([\d.]+)\]\]', page).groups())
+    assert east - west < .01                                                             # opens at one city
 
 def test_twenty_thousand_points_are_quick():
     many, start = rows(20_000), time.perf_counter()

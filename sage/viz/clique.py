@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Neighborhood', 'neighborhood', 'neighbourhood_figure', 'growth', 'clique_growth_figure', 'inner_mean']
 
-# %% ../../nbs/56_viz_clique.ipynb #9273f84b
+# %% ../../nbs/56_viz_clique.ipynb #81d38b1e
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from ..graph import TAU2, affinity, typical_norm
 from .graph import epoch_words, map_positions, node_row
 from .style import COLORS, SCALE, escape, place_label, place_labels, template, thumbnail
 
-# %% ../../nbs/56_viz_clique.ipynb #1bc0229c
+# %% ../../nbs/56_viz_clique.ipynb #512a3346
 class Neighborhood(NamedTuple):
     "What surrounds a place in an epoch's graph."
     near: np.ndarray       # node numbers within 25 m, nearest first
@@ -45,7 +45,7 @@ def neighborhood(
     F = np.asarray(run.descriptors(epoch)[order], np.float32)
     return Neighborhood(near.other.to_numpy(), alike.other.to_numpy(), alike.d_vis.to_numpy(), _slot_of(cliques, nodes, node), affinity(nodes[['easting', 'northing']].to_numpy(float)[order], F))
 
-# %% ../../nbs/56_viz_clique.ipynb #18da6e5a
+# %% ../../nbs/56_viz_clique.ipynb #0295b1ab
 def _slot_of(cliques, nodes, node):
     "The first recorded batch slot that holds an image of the place."
     row = nodes.iloc[node]
@@ -54,7 +54,7 @@ def _slot_of(cliques, nodes, node):
     first = mine.iloc[0]
     return cliques[(cliques.batch == first.batch) & (cliques.slot == first.slot)].sort_values('rank')
 
-# %% ../../nbs/56_viz_clique.ipynb #822b41ec
+# %% ../../nbs/56_viz_clique.ipynb #f5b0542e
 def _affinity_heat(W, labels, edge):
     "W as a heat map of log(1 + |W|), with dots at the edges."
     ticks = np.array([0, 1, 3, 10, 31.3, 100, 300, 1000, 3000])
@@ -63,7 +63,7 @@ def _affinity_heat(W, labels, edge):
     hover = np.array([[f'{a}<br>{b}<br>W = {w:.2f} m' for b, w in zip(labels, row)] for a, row in zip(labels, W)], dtype=object)
     return go.Heatmap(z=np.log10(1 - W), x=where, y=where, text=np.where(edge, '•', ''), texttemplate='%{text}', textfont_color='white', customdata=hover, hovertemplate='%{customdata}<extra></extra>', colorscale=SCALE, reversescale=True, zmin=0, zmax=float(np.log10(1 + ticks[-1])), colorbar=bar)
 
-# %% ../../nbs/56_viz_clique.ipynb #d16c1014
+# %% ../../nbs/56_viz_clique.ipynb #9718de1c
 def _picture_row(fig, row, images, captions):
     "A row of thumbnails with captions in the subplot (row, 1)."
     x, y = (f'{a}{2 + row - 1}' for a in 'xy')
@@ -71,10 +71,10 @@ def _picture_row(fig, row, images, captions):
         fig.add_layout_image(source=thumbnail(image, 96), xref=x, yref=y, x=i, y=.32, sizex=.94, sizey=.68, xanchor='center', yanchor='bottom', sizing='contain')
         fig.add_annotation(x=i, y=.3, xref=x, yref=y, text=caption, showarrow=False, yanchor='top', font_size=11)
 
-# %% ../../nbs/56_viz_clique.ipynb #b72cfff7
-def _neighborhood_map(fig, xy, groups, labels):
-    "Nodes of each group on the map, lines from the first to all others."
-    fig.add_scattergl(x=xy[:, 0], y=xy[:, 1], mode='markers', marker=dict(size=4, color=COLORS['grey'], opacity=.35), hoverinfo='skip', showlegend=False, row=1, col=1)
+# %% ../../nbs/56_viz_clique.ipynb #1d3ecfee
+def _neighborhood_map(fig, xy, here, groups, labels):
+    "The city's nodes in grey, those of each group on top, lines from the first to all others."
+    fig.add_scattergl(x=xy[here, 0], y=xy[here, 1], mode='markers', marker=dict(size=4, color=COLORS['grey'], opacity=.35), hoverinfo='skip', showlegend=False, row=1, col=1)
     (_, center, _), *_ = groups.values()
     for name, (color, rows, symbol) in groups.items():
         ends = np.stack([np.repeat(xy[center], len(rows), 0), xy[rows], np.full((len(rows), 2), np.nan)], 1).reshape(-1, 2)
@@ -83,7 +83,7 @@ def _neighborhood_map(fig, xy, groups, labels):
         fig.add_scattergl(x=xy[rows, 0], y=xy[rows, 1], mode='markers', name=name, text=labels[rows], customdata=np.asarray(rows, np.int32), hovertemplate='%{text}<extra></extra>',
                           marker=dict(color=color, size=18 if symbol == 'star' else 10, symbol=symbol, line=dict(width=1, color='white')), row=1, col=1)
 
-# %% ../../nbs/56_viz_clique.ipynb #5c2173fa
+# %% ../../nbs/56_viz_clique.ipynb #e9505161
 def neighbourhood_figure(
     run,         # a `Run`
     epoch:int,   # which; negative counts from the last
@@ -94,6 +94,7 @@ def neighbourhood_figure(
     height=860,  # pixels
 ) -> go.Figure:
     "One place: the places that look like it, those within 25 m, the clique it was drawn in, and the affinities among them. Raises `UserError` for a node that is not there."
+    if epoch < 0 and run.epochs(): epoch = run.epochs()[epoch]
     nodes, around = run.nodes(epoch), neighborhood(run, epoch, node, similar)
     xy, labels = map_positions(nodes) if positions is None else np.asarray(positions, np.float32), place_labels(nodes)
     order, floor = np.array([node, *around.near, *around.alike]), TAU2*typical_norm(np.asarray(run.descriptors(epoch)[[node]], np.float32))
@@ -102,7 +103,7 @@ def neighbourhood_figure(
     fig = make_subplots(3, 2, specs=[[{}, {}], [{'colspan': 2}, None], [{'colspan': 2}, None]], row_heights=[.64, .18, .18], column_widths=[.52, .48], vertical_spacing=.09, horizontal_spacing=.09,
                         subplot_titles=('', 'affinities; • = an edge of the clique graph', 'the places most like it, with the descriptor distance', _clique_title(around.members)))
     groups = {'this place': (COLORS['vermillion'], [node], 'star'), 'within 25 m': (COLORS['green'], around.near, 'circle'), 'looks alike': (COLORS['blue'], around.alike, 'diamond')}
-    _neighborhood_map(fig, xy, groups, labels)
+    _neighborhood_map(fig, xy, (nodes.city == nodes.city[node]).to_numpy(), groups, labels)
     fig.add_trace(_affinity_heat(around.W, labels[order], edge), 1, 2)
     _name_places(fig, [escape(p) for p in nodes.place.iloc[order]])
     alike = nodes.iloc[around.alike]
@@ -110,7 +111,7 @@ def neighbourhood_figure(
     _picture_row(fig, 3, around.members.image, [_rank_caption(m) for m in around.members.itertuples()])
     return _finish_neighbourhood(fig, nodes, node, epoch, max(10, len(alike) + 1), positions is None, dark, height)
 
-# %% ../../nbs/56_viz_clique.ipynb #6c7bfed1
+# %% ../../nbs/56_viz_clique.ipynb #0bc458e2
 def _clique_title(members):
     "Where the clique was drawn, and that numbers are mean affinities."
     if members.empty: return 'in none of the recorded batches'
@@ -127,7 +128,7 @@ def _rank_caption(member):
     rank = 'anchor' if member.rank == 0 else f'+{member.rank}'
     return f'{rank}<br>{member.mean_affinity:.1f} m' if np.isfinite(member.mean_affinity) else rank
 
-# %% ../../nbs/56_viz_clique.ipynb #5371915b
+# %% ../../nbs/56_viz_clique.ipynb #52730887
 def _finish_neighbourhood(fig, nodes, node, epoch, wide, on_map, dark, height):
     "Title, axes and legend of the neighbourhood figure."
     fig.update_layout(template=template(dark), height=height, title=f'{place_label(nodes.iloc[node])}{epoch_words(epoch)}', legend=dict(orientation='h', y=1.035, yanchor='bottom', x=0, traceorder='reversed'), margin=dict(t=110, b=20))
@@ -143,7 +144,7 @@ def _finish_neighbourhood(fig, nodes, node, epoch, wide, on_map, dark, height):
         fig.update_yaxes(row=row, col=1, range=[0, 1], visible=False)
     return fig
 
-# %% ../../nbs/56_viz_clique.ipynb #619ff2a8
+# %% ../../nbs/56_viz_clique.ipynb #adebd8e9
 def growth(
     W,     # affinities [N, N]; -inf or NaN is a cut edge
     order, # node numbers in the order taken [k]
@@ -155,14 +156,14 @@ def growth(
         out[t, order[:t]] = np.nan
     return out
 
-# %% ../../nbs/56_viz_clique.ipynb #17bcca82
+# %% ../../nbs/56_viz_clique.ipynb #96c835dd
 def _growth_paths(fig, steps, order, name, color, dash, symbol):
     "The scores of those taken, step by step."
     y = steps[np.arange(len(order)), order]
     fig.add_scatter(x=np.arange(len(order)), y=np.where(np.isfinite(y), y, np.nan), mode='lines+markers', name=name, line=dict(color=color, dash=dash, width=2), marker=dict(size=12, symbol=symbol, line=dict(width=1, color='white')),
                     text=[f'image {i}' for i in order], hovertemplate='%{text}: %{y:.2f} m<extra>' + name + '</extra>', row=1, col=1)
 
-# %% ../../nbs/56_viz_clique.ipynb #013c68c8
+# %% ../../nbs/56_viz_clique.ipynb #dfa59b52
 def clique_growth_figure(
     images,      # of the N images of a spot: paths, PIL images or arrays
     W,           # affinities [N, N]; -inf or NaN is a cut edge
@@ -188,7 +189,7 @@ def clique_growth_figure(
     for row, chosen in ((2, order), (3, other)): _growth_row(fig, row, [images[i] for i in chosen], [escape(labels[i]) if labels is not None else f'image {i}' for i in chosen])
     return _finish_growth(fig, W, order, other, dark, height)
 
-# %% ../../nbs/56_viz_clique.ipynb #396d62bd
+# %% ../../nbs/56_viz_clique.ipynb #47b0dcff
 def _growth_row(fig, row, images, captions):
     "Thumbnails under the steps."
     for t, (image, caption) in enumerate(zip(images, captions)):
@@ -197,7 +198,7 @@ def _growth_row(fig, row, images, captions):
     fig.update_yaxes(row=row, col=1, range=[0, 1], showticklabels=False, showgrid=False, ticks='', zeroline=False, title=dict(text=('greedy', 'at random')[row - 2]))
     fig.update_xaxes(row=row, col=1, visible=False, range=[-.5, len(images) - .5])
 
-# %% ../../nbs/56_viz_clique.ipynb #82929e60
+# %% ../../nbs/56_viz_clique.ipynb #d5bae56b
 def inner_mean(
     W,       # affinities [N, N]
     members, # node numbers

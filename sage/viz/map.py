@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LAYERS_ICON', 'STYLE', 'NOTE', 'leaflet_head', 'map_coordinates', 'features', 'layer', 'street_lines', 'city_streets',
-           'raw', 'empty_map', 'map_html', 'add_ground', 'fit', 'batch_members', 'member_card', 'hard_negatives',
-           'batch_layers', 'clique_map']
+           'raw', 'empty_map', 'add_note', 'map_html', 'add_ground', 'fit', 'batch_members', 'member_card',
+           'hard_negatives', 'batch_layers', 'city_boxes', 'clique_map']
 
-# %% ../../nbs/51_viz_map.ipynb #3e10c8c0
+# %% ../../nbs/51_viz_map.ipynb #7d10f340
 from importlib.resources import files
 
 import folium
@@ -20,7 +20,7 @@ from ..core import UserError
 from ..geo import radius_neighbors, to_latlon
 from .style import COLORS, escape, palette, place_label, place_labels, thumbnail
 
-# %% ../../nbs/51_viz_map.ipynb #517b5869
+# %% ../../nbs/51_viz_map.ipynb #2c2b9f55
 LAYERS_ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' width='26' height='26' viewBox='0 0 26 26'%3E%3Cpath d='M13 4 23 9.5 13 15 3 9.5zM3 13l10 5.5L23 13M3 16.5 13 22l10-5.5' "
                "fill='none' stroke='%23555' stroke-width='1.7'/%3E%3C/svg%3E")
 
@@ -31,7 +31,7 @@ def leaflet_head() -> str:
     for name in ('layers.png', 'layers-2x.png', 'marker-icon.png'): css = css.replace(f'url(images/{name})', f'url("{LAYERS_ICON}")')
     return f'<style>{css}</style><script>{js.replace("//# sourceMappingURL=leaflet.js.map", "")}</script>'
 
-# %% ../../nbs/51_viz_map.ipynb #dcd5be83
+# %% ../../nbs/51_viz_map.ipynb #23bc7e8c
 def map_coordinates(
     df:pd.DataFrame, # easting, northing, and zone, or lat and lon
     center=None,     # (easting, northing) that is 0, 0 on a sheet of metres; None: the mean
@@ -45,7 +45,7 @@ def map_coordinates(
     for z in set(zone): out[zone == z] = np.stack(to_latlon(*xy[zone == z].T, z)[::-1], 1)
     return out, True
 
-# %% ../../nbs/51_viz_map.ipynb #7e65c99c
+# %% ../../nbs/51_viz_map.ipynb #9c195468
 def features(
     kind:str,    # 'Point', 'LineString' or 'MultiLineString'
     coordinates, # of each feature, x first
@@ -69,7 +69,7 @@ def layer(
     if 'card' in has: folium.GeoJsonPopup(['card'], labels=False, max_width=420).add_to(out)
     return out
 
-# %% ../../nbs/51_viz_map.ipynb #698ee2e5
+# %% ../../nbs/51_viz_map.ipynb #f94bf9d6
 def street_lines(
     xy,          # positions in metres [N, 2], of one city
     reach=60.,   # metres; no longer line is drawn
@@ -88,7 +88,7 @@ def city_streets(
     parts = [np.sort(r)[street_lines(df[['easting', 'northing']].to_numpy(float)[np.sort(r)], reach)] for r in rows]
     return np.concatenate([np.zeros((0, 2), int), *parts])
 
-# %% ../../nbs/51_viz_map.ipynb #89ebe0a3
+# %% ../../nbs/51_viz_map.ipynb #f8e5d326
 STYLE = '''<style>.leaflet-container{background:%s;font-family:system-ui,"DejaVu Sans",sans-serif;font-size:13px!important} .leaflet-popup-content{margin:10px 14px;font-size:13px} .leaflet-popup-content td{vertical-align:top;padding:1px 4px}
 .leaflet-popup-content img{border-radius:4px;display:block} .leaflet-tooltip table td{padding:0} .sage-star{font:22px/22px "DejaVu Sans",sans-serif;text-align:center;text-shadow:-1px 0 #fff,1px 0 #fff,0 1px #fff,0 -1px #fff,0 0 3px #000}
 .sage-note{position:absolute;left:12px;bottom:62px;z-index:800;max-width:340px;padding:7px 11px;border-radius:5px;background:rgba(255,255,255,.9);color:#333;font:12px/1.45 system-ui,"DejaVu Sans",sans-serif;box-shadow:0 1px 4px rgba(0,0,0,.3)}
@@ -110,11 +110,17 @@ def empty_map(
     "A Leaflet map that loads nothing, without layers."
     m = folium.Map(tiles=None, prefer_canvas=True, crs='EPSG3857' if degrees else 'Simple', control_scale=True, zoom_snap=.25, max_zoom=22 if degrees else 6, min_zoom=1 if degrees else -10, height=height)
     m.default_js, m.default_css = [], []
-    root = m.get_root()
-    root.header.add_child(raw(leaflet_head() + STYLE % ('#1A1A1A' if dark else '#F4F4F1')), name='leaflet')
-    if note: root.html.add_child(raw(f'<div class="sage-note">{note}</div>'), name='note')
+    m.get_root().header.add_child(raw(leaflet_head() + STYLE % ('#1A1A1A' if dark else '#F4F4F1')), name='leaflet')
+    if note: add_note(m, note)
     if tiles and degrees: folium.TileLayer('https://tile.openstreetmap.org/{z}/{x}/{y}.png', attr='© OpenStreetMap contributors', name='OpenStreetMap', max_zoom=22, max_native_zoom=19, overlay=True).add_to(m)
     return m
+
+def add_note(
+    m:folium.Map, # changed
+    note:str,     # HTML
+):
+    "A note in the lower left corner."
+    m.get_root().html.add_child(raw(f'<div class="sage-note">{note}</div>'), name='note')
 
 def map_html(
     m:folium.Map, # any map from here
@@ -122,7 +128,7 @@ def map_html(
     "The map as one HTML page."
     return m.get_root().render()
 
-# %% ../../nbs/51_viz_map.ipynb #42ca257e
+# %% ../../nbs/51_viz_map.ipynb #d080f3b5
 def add_ground(
     m:folium.Map,       # changed
     images:pd.DataFrame, # table of places or nodes: a dot for each
@@ -147,7 +153,7 @@ def fit(
     low, high = np.min(at, axis=0), np.max(at, axis=0)
     m.fit_bounds([low[::-1].tolist(), high[::-1].tolist()], padding=(24, 24), max_zoom=20)
 
-# %% ../../nbs/51_viz_map.ipynb #a03fef5e
+# %% ../../nbs/51_viz_map.ipynb #dd0ecd17
 def batch_members(
     run,         # a `Run`
     epoch:int,   # which
@@ -166,7 +172,7 @@ def batch_members(
     mine = mine.assign(x=at[:, 0], y=at[:, 1], color=[colors[s] for s in mine.slot], label=place_labels(mine), metres=np.hypot(*(mine[['easting', 'northing']].to_numpy(float) - anchor).T))
     return mine.assign(card=[member_card(row, size) for row in mine.itertuples()])
 
-# %% ../../nbs/51_viz_map.ipynb #315e6e00
+# %% ../../nbs/51_viz_map.ipynb #a7542a00
 def member_card(
     row,     # of `batch_members`
     size=96, # pixels of the picture
@@ -177,7 +183,7 @@ def member_card(
     where = '' if row.rank == 0 else f'{row.metres:.1f} m from the anchor<br>'
     return f'<img src="{thumbnail(row.image, size)}" height="{size*3//4}" alt=""><b>{row.label}</b><br>{role}<br>{worth}<br>{where}<small>{escape(str(row.image).replace(chr(92), "/").rsplit("/", 1)[-1])}</small>'
 
-# %% ../../nbs/51_viz_map.ipynb #c02c754e
+# %% ../../nbs/51_viz_map.ipynb #5b9b99fc
 def hard_negatives(
     run,        # a `Run`
     epoch:int,
@@ -201,7 +207,7 @@ def _nodes_of(nodes, places):
     number = {(c, p): n for c, p, n in zip(nodes.city, nodes.place, nodes.node)}
     return np.array([number[c, p] for c, p in zip(places.city, places.place)])
 
-# %% ../../nbs/51_viz_map.ipynb #c58f0fc2
+# %% ../../nbs/51_viz_map.ipynb #54a7dff7
 def _star(color='', text=''):
     "An icon of a star with a number."
     return folium.DivIcon(html=f'<div class="sage-star" style="color:{color}">★<span style="font-size:12px;font-weight:600;color:#222;vertical-align:super;text-shadow:0 0 3px #fff,0 0 3px #fff">{text}</span></div>', icon_size=(30, 22), icon_anchor=(11, 11), class_name='')
@@ -213,7 +219,7 @@ def _hard_lines(members, hard):
     tips = [f'slots {r.a} and {r.b} look alike: descriptor distance {r.d_vis:.2f}, {r.metres:.0f} m apart' for r in hard.itertuples()]
     return layer(features('LineString', ends, tip=tips), lambda f: dict(color=COLORS['vermillion'], weight=1.6, opacity=.75, dashArray='3 6'))
 
-# %% ../../nbs/51_viz_map.ipynb #8b870418
+# %% ../../nbs/51_viz_map.ipynb #66c9f50e
 def batch_layers(
     members:pd.DataFrame, # from `batch_members`
     hard:pd.DataFrame,    # from `hard_negatives`
@@ -232,7 +238,20 @@ def batch_layers(
         if part is not None: part.add_to(group)
     return group
 
-# %% ../../nbs/51_viz_map.ipynb #97f25cc0
+# %% ../../nbs/51_viz_map.ipynb #353db9f9
+def city_boxes(
+    members:pd.DataFrame, # from `batch_members`
+) -> list:                # (name with the number of its slots, coordinates of its members [n, 2]), the city with most first
+    "The cities of a batch."
+    sizes = members.city.value_counts()
+    return [(f'{escape(c)} ({members.slot[members.city == c].nunique()})', members.loc[members.city == c, ['x', 'y']].to_numpy()) for c in sizes.index]
+
+def _jumps(m, boxes):
+    "Links that move the map to each city; nothing for one city."
+    box = lambda at: [np.min(at, axis=0)[::-1].tolist(), np.max(at, axis=0)[::-1].tolist()]
+    links = [f'<a href="#" onclick="{m.get_name()}.fitBounds({box(at)},{{maxZoom:20}});return false">{name}</a>' for name, at in boxes]
+    return f'Cities with their slots: {" · ".join(links)}. ' if len(boxes) > 1 else ''
+
 NOTE = ('<b>Clique batches</b><br>★ anchor · ● images taken with it: one clique, one place of the batch · <span style="color:%s">┄</span> hard negatives: slots that look most alike, though they are different places<br>'
         'Click a star or a dot for its picture. %s') % (COLORS['vermillion'], '%s')
 
@@ -252,7 +271,7 @@ def clique_map(
     epochs = [every[e] if -len(every) <= e < 0 else e for e in np.atleast_1d(epochs).tolist()]
     nodes, center = run.nodes(epochs[0]), tuple(table[['easting', 'northing']].mean())
     degrees = map_coordinates(table)[1]
-    m = empty_map(degrees, tiles, NOTE % ('' if degrees else 'Coordinates are metres; where on Earth is not known.'), dark, height)
+    m = empty_map(degrees, tiles, dark=dark, height=height)
     add_ground(m, table, nodes if degrees else nodes.drop(columns=['lat', 'lon']), center)
     shown = None
     for e in epochs:
@@ -261,5 +280,7 @@ def clique_map(
             batch_layers(members, hard_negatives(run, e, members, hard), f'epoch {e} · batch {b}', shown is None).add_to(m)
             shown = members if shown is None else shown
     folium.LayerControl(collapsed=len(epochs)*np.size(batches) > 12).add_to(m)
-    fit(m, shown[['x', 'y']].to_numpy())
+    boxes = city_boxes(shown)
+    fit(m, boxes[0][1])
+    add_note(m, NOTE % _jumps(m, boxes) + ('' if degrees else 'Coordinates are metres; where on Earth is not known.'))
     return m

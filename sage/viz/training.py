@@ -6,7 +6,9 @@
 __all__ = ['TIMES', 'PANELS', 'distances', 'more_alike', 'anchor_nodes', 'hardness_table', 'edge_sets', 'overlap',
            'training_figure', 'hardness_figure']
 
-# %% ../../nbs/55_viz_training.ipynb #b44755aa
+# %% ../../nbs/55_viz_training.ipynb #b5e45813
+import textwrap
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -15,7 +17,7 @@ from plotly.subplots import make_subplots
 from ..core import stream
 from .style import COLORS, SCALE, escape, palette, template
 
-# %% ../../nbs/55_viz_training.ipynb #8b523566
+# %% ../../nbs/55_viz_training.ipynb #6bf2dbc3
 def distances(
     a, # [n, D]
     b, # [m, D]
@@ -36,7 +38,7 @@ def more_alike(
     nearer = (outside < within.min(1)[:, None] - 1e-5) & (outside > 1e-3)               # without the place itself
     return float(100*nearer.mean())
 
-# %% ../../nbs/55_viz_training.ipynb #c569757b
+# %% ../../nbs/55_viz_training.ipynb #2f33fc10
 def anchor_nodes(
     cliques:pd.DataFrame, # of an epoch
     nodes:pd.DataFrame,   # of the same epoch
@@ -48,7 +50,7 @@ def anchor_nodes(
     else: node = anchors[['place']].merge(nodes[['place', 'node']].drop_duplicates('place'), on='place', how='left').node.set_axis(anchors.index)
     return [n.to_numpy(int) for _, n in node.groupby(anchors.batch)]
 
-# %% ../../nbs/55_viz_training.ipynb #778ada4a
+# %% ../../nbs/55_viz_training.ipynb #a537d3e9
 def hardness_table(
     run,          # a `Run`
     batches=10,   # recorded batches of each epoch to look at
@@ -66,7 +68,7 @@ def hardness_table(
         rows.append(dict(drawn=-1, seen=seen, harder=look(random)))
     return pd.DataFrame(rows, columns=['drawn', 'seen', 'harder'])
 
-# %% ../../nbs/55_viz_training.ipynb #71a5632a
+# %% ../../nbs/55_viz_training.ipynb #2f978940
 def edge_sets(
     run,          # a `Run`
     kind='alike', # 'alike' or 'near'
@@ -88,7 +90,7 @@ def overlap(
         return both/max(len(a) + len(b) - both, 1)
     return pd.DataFrame({b: {a: share(sets[a], sets[b]) for a in sets} for b in sets})
 
-# %% ../../nbs/55_viz_training.ipynb #77eaa584
+# %% ../../nbs/55_viz_training.ipynb #99a33476
 TIMES = dict(embed_s='embedding places', draw_s='drawing batches', graph_s='writing the graph', train_s='training', recall_s='measuring recall')
 PANELS = ('loss', 'pairs mined in a batch', 'hardest pairs of a batch', 'recall', 'time of an epoch', 'time of a step', 'edges of the graph', 'does hard move?', 'look-alikes in common')
 
@@ -112,20 +114,21 @@ def _by_step(fig, row, col, epochs, steps, name, color, unit='', label=None, leg
     if not _has(steps, name) and not _has(epochs, name): return _absent(fig, row, col, f'no {name.removesuffix("_s").replace("_", " ")} logged yet')
     look, unit = dict(legend=legend, legendgroup=name) if legend else {}, f' {unit}<extra></extra>'
     if _has(steps, name):
-        fig.add_scattergl(x=_when(steps), y=steps[name], mode='markers', marker=dict(color=color, size=4, opacity=.45), name='a step', showlegend=False, customdata=steps.step, hovertemplate='step %{customdata}: %{y:.3g}' + unit, row=row, col=col, **look)
+        fig.add_scattergl(x=_when(steps), y=steps[name], mode='markers', marker=dict(color=color, size=4, opacity=.6), name='a step', showlegend=False, customdata=steps.step, hovertemplate='step %{customdata}: %{y:.3g}' + unit, row=row, col=col, **look)
     if _has(epochs, name):
         mean = epochs[epochs[name].notna()]
         fig.add_scatter(x=mean.epoch - .5, y=mean[name], mode='lines+markers', line=dict(color=color, width=2), name=label or 'mean of an epoch', showlegend=bool(legend), hovertemplate='mean: %{y:.3g}' + unit, row=row, col=col, **look)
 
-# %% ../../nbs/55_viz_training.ipynb #8fd9f15a
+# %% ../../nbs/55_viz_training.ipynb #3af623bf
 def _recall_panel(fig, run, row, col):
-    "A line for each table and K: colour by table, dash by K."
+    "A line for each table and K: colour by table, dash by K (said in the panel's title)."
     recall = run.recalls()
     if recall.empty: return _absent(fig, row, col, 'no recall logged yet')
-    tables, ks = list(dict.fromkeys(recall.table)), sorted(set(recall.k))
+    tables, ks, dashes = list(dict.fromkeys(recall.table)), sorted(set(recall.k)), ('solid', 'dash', 'dot', 'dashdot')
     for (table, k), t in recall.groupby(['table', 'k'], sort=False):
-        name, short = f'{escape(table)} R@{k}', f'R@{k}' + (f' {escape(table[:9])}' if len(tables) > 1 else '')
-        fig.add_scatter(x=t.epoch, y=t.recall, mode='lines+markers', line=dict(color=palette(len(tables))[tables.index(table)], dash=('solid', 'dash', 'dot', 'dashdot')[ks.index(k) % 4]), name=short, legend='legend4', hovertemplate='%{y:.1f} %<extra>' + name + '</extra>', row=row, col=col)
+        fig.add_scatter(x=t.epoch, y=t.recall, mode='lines+markers', line=dict(color=palette(len(tables))[tables.index(table)], dash=dashes[ks.index(k) % 4]), name='<br>'.join(escape(w) for w in textwrap.wrap(table, 12)) or 'recall',
+                        legend='legend4', legendgroup=f'recall {tables.index(table)}', showlegend=k == ks[0], hovertemplate=f'R@{k}: ' + '%{y:.1f} %<extra>' + escape(table) + '</extra>', row=row, col=col)
+    fig.for_each_annotation(lambda a: a.update(text='recall: ' + ', '.join(f'R@{k} {("solid", "dashed", "dotted", "dash-dot")[i % 4]}' for i, k in enumerate(ks[:4]))), lambda a: a.text == 'recall')
 
 def _time_panel(fig, epochs, row, col):
     "Stacked bars: what an epoch's seconds went into."
@@ -134,7 +137,7 @@ def _time_panel(fig, epochs, row, col):
     for name, color in zip(names, palette()):
         fig.add_bar(x=epochs.epoch, y=epochs[name].fillna(0), name=name[:-2], marker_color=color, legend='legend5', hovertemplate='%{y:.1f} s<extra>' + TIMES[name] + '</extra>', row=row, col=col)
 
-# %% ../../nbs/55_viz_training.ipynb #8e6b78f3
+# %% ../../nbs/55_viz_training.ipynb #dce2de7f
 def _edge_panel(fig, epochs, row, col):
     "Shares of kept, new and broken edges."
     names = {f'edges_{s}': (c, d) for s, c, d in (('kept', COLORS['grey'], ''), ('new', COLORS['blue'], '/'), ('broken', COLORS['vermillion'], 'x'))}
@@ -143,7 +146,7 @@ def _edge_panel(fig, epochs, row, col):
     for name, (color, pattern) in names.items():
         if name in epochs: fig.add_bar(x=epochs.epoch, y=100*epochs[name]/total, customdata=epochs[name], name=name[6:], marker=dict(color=color, pattern_shape=pattern), legend='legend7', hovertemplate='%{customdata:,} (%{y:.1f} %)<extra>' + name[6:] + '</extra>', row=row, col=col)
 
-# %% ../../nbs/55_viz_training.ipynb #0706ccf0
+# %% ../../nbs/55_viz_training.ipynb #8b7b79c9
 def _hardness_panel(fig, table, row, col, legend):
     "Hardness by who drew the batches and who looks at them."
     t = table[table.harder.notna()]
@@ -161,7 +164,7 @@ def _shade(share):
     stops = np.array([[int(COLORS[c][i:i+2], 16) for i in (1, 3, 5)] for c in ('blue', 'purple', 'vermillion')], float)
     return 'rgb({:.0f},{:.0f},{:.0f})'.format(*(np.interp(share, [0, .5, 1], stops[:, c]) for c in range(3)))
 
-# %% ../../nbs/55_viz_training.ipynb #a9f72a61
+# %% ../../nbs/55_viz_training.ipynb #dca98d4a
 def _overlap_panel(fig, shared, row, col, bar):
     "The matrix of edges in common, as percent."
     if not len(shared): return _absent(fig, row, col, 'no graph recorded yet')
@@ -170,7 +173,7 @@ def _overlap_panel(fig, shared, row, col, bar):
     fig.update_xaxes(type='category', constrain='domain', showgrid=False, row=row, col=col)
     fig.update_yaxes(type='category', autorange='reversed', constrain='domain', showgrid=False, row=row, col=col)
 
-# %% ../../nbs/55_viz_training.ipynb #365138e6
+# %% ../../nbs/55_viz_training.ipynb #91aca64d
 def training_figure(
     run,          # a `Run`
     batches=10,   # recorded batches of each epoch that hardness is measured on
@@ -192,7 +195,7 @@ def training_figure(
     _overlap_panel(fig, overlap(edge_sets(run)), 3, 3, dict(x=1., xanchor='left', len=.27, y=0, yanchor='bottom'))
     return _finish(fig, run, epochs, dark, height)
 
-# %% ../../nbs/55_viz_training.ipynb #356b4873
+# %% ../../nbs/55_viz_training.ipynb #17fa0ba8
 def _finish(fig, run, epochs, dark, height):
     "Title, axes with units, and a legend beside each panel that needs one."
     last = f'{int(epochs.epoch.max())} epochs' if len(epochs) else 'no epoch finished yet'
@@ -205,10 +208,10 @@ def _finish(fig, run, epochs, dark, height):
         fig.update_xaxes(title=x, row=n//3 + 1, col=n % 3 + 1, dtick=1 if len(epochs) <= 12 else None, title_standoff=2, title_font_size=12)
         fig.update_yaxes(title=y, row=n//3 + 1, col=n % 3 + 1, title_font_size=12)
     fig.update_yaxes(rangemode='tozero', row=2, col=3)
-    fig.for_each_annotation(lambda a: a.update(font_size=14), lambda a: a.text in PANELS)
+    fig.for_each_annotation(lambda a: a.update(font_size=11 if a.text.startswith('recall:') else 14), lambda a: a.text in PANELS or a.text.startswith('recall:'))
     return fig
 
-# %% ../../nbs/55_viz_training.ipynb #a9306eab
+# %% ../../nbs/55_viz_training.ipynb #47b000df
 def hardness_figure(
     run,         # a `Run`
     batches=10,  # recorded batches of each epoch
