@@ -8,7 +8,7 @@ __all__ = ['COMMANDS', 'Parser', 'command', 'count', 'metres', 'size', 'add_sett
            'eval_parser', 'model_of', 'sage_eval', 'measure', 'show_audit', 'write_csv', 'free_folder', 'demo_table',
            'sage_demo', 'sage_ablate', 'main']
 
-# %% ../nbs/70_cli.ipynb #c0a2c7a7
+# %% ../nbs/70_cli.ipynb #86222a93
 import argparse, signal, sys, time
 from collections import Counter
 from dataclasses import fields
@@ -27,10 +27,10 @@ from .protocols import SOURCE, Protocol
 from .benchmark import audit, audit_table, evaluate, plot_audit, raw_baselines
 from .settings import Settings, make_model
 from .train import Stopped, fit
-from .ablation import METHODS, POOLINGS, ablate, as_markdown
+from .ablation import METHODS, POOLINGS, ablate, as_markdown, cells
 from .sources import DEV, WORLD, by_radius, evaluation_sets, load_checkpoint, training_tables, validation_tables, world
 
-# %% ../nbs/70_cli.ipynb #2e74a95e
+# %% ../nbs/70_cli.ipynb #00011c95
 class Parser(argparse.ArgumentParser):
     "An argument parser whose complaint is one sentence."
     def __init__(self, *args, **kwargs): super().__init__(*args, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
@@ -51,7 +51,7 @@ def command(
         raise SystemExit(code)
     return run
 
-# %% ../nbs/70_cli.ipynb #d6053f6f
+# %% ../nbs/70_cli.ipynb #4eb36f83
 def count(
     text:str, # a whole number above 0
 )->int:
@@ -96,7 +96,7 @@ def settings_from(
     typed = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
     return Settings(**base | typed)
 
-# %% ../nbs/70_cli.ipynb #e17d5e15
+# %% ../nbs/70_cli.ipynb #b6bb23df
 def train_parser():
     "Arguments of `sage_train`."
     p = Parser('sage_train', description='Train SAGE on geotagged images; everything is written to a run folder that --resume goes on with.')
@@ -136,7 +136,7 @@ def sage_train(argv):
     print(recall_table(run).to_string(index=False))
     print(f'run folder: {run.path}')
 
-# %% ../nbs/70_cli.ipynb #3aea27ba
+# %% ../nbs/70_cli.ipynb #ec56ff09
 def new_run(
     path, # run folder
     resume:bool = False, # it is to be there already
@@ -163,7 +163,7 @@ def recall_table(
     wide.columns = [f'{table} R@{k}' for table, k in wide.columns]
     return wide.reset_index()
 
-# %% ../nbs/70_cli.ipynb #f9742b0f
+# %% ../nbs/70_cli.ipynb #b81a4581
 def published_lines(
     protocol:Protocol, # with or without published figures
 )->list: # sentences
@@ -171,7 +171,7 @@ def published_lines(
     head = 'published (' + SOURCE + ')' if protocol.published else ''
     return [head] * bool(head) + [f'  {label:<22} ' + '  '.join(f'R@{k} {v:5.1f}' for k, v in zip((1, 5, 10), row)) for label, row in protocol.published.items()]
 
-# %% ../nbs/70_cli.ipynb #bd38e936
+# %% ../nbs/70_cli.ipynb #816381e7
 def eval_parser():
     "Arguments of `sage_eval`."
     p = Parser('sage_eval', description='Recall of a checkpoint on benchmarks or folders, with the protocol it was measured by.')
@@ -223,7 +223,7 @@ def sage_eval(argv):
         if args.audit: show_audit(model, protocol, e, how, args.out)
     if args.out: write_csv(pd.DataFrame(rows), Path(args.out)/'results.csv')
 
-# %% ../nbs/70_cli.ipynb #ef039895
+# %% ../nbs/70_cli.ipynb #69d3825c
 def measure(model, name, protocol, e, args, precision, how): # results of one set
     "Raw backbone if asked for, then the model."
     parts = (e.database, e.queries, e.positives)
@@ -248,7 +248,7 @@ def write_csv(
     with atomic(path) as part: df.to_csv(part, index=False)
     print(f'written: {path}')
 
-# %% ../nbs/70_cli.ipynb #760a186f
+# %% ../nbs/70_cli.ipynb #49c27cf0
 def free_folder(
     path:str, # wanted
 )->Path: # it, or it with the next free number
@@ -286,7 +286,7 @@ def sage_demo(argv):
     print(f'{time.perf_counter() - start:.0f} s of training and measuring, peak memory {peak_memory() / 1e9:.1f} GB')
     print(f'run folder: {run.path}')
 
-# %% ../nbs/70_cli.ipynb #62fae29c
+# %% ../nbs/70_cli.ipynb #d5b27fa6
 @command
 def sage_ablate(argv):
     "The paper's Table 5 on the world or on your data."
@@ -302,13 +302,14 @@ def sage_ablate(argv):
     add_settings(p, skip=('strategy', 'alpha', 'seed', 'record_graph'))
     args = p.parse_args(argv)
     settings = settings_from(args, **(WORLD if args.data == 'world' else {}) | (DEV if args.dev else {}))
+    cells(args.seeds, tuple(args.poolings), tuple(args.strategies))                # unknown names are refused before anything is read
     if args.dev: towns = world(dev=True); train, val = towns['train'], towns['val']
     else: train, val = training_tables([args.data], ['auto']), validation_tables(args.val, [args.data])
     rows = ablate(settings, train, val, Path(args.out), args.seeds, tuple(args.poolings), tuple(args.strategies), progress=not args.quiet)
     print(as_markdown(rows))
     print(f'written: {args.out}/results.csv, {args.out}/table.md')
 
-# %% ../nbs/70_cli.ipynb #e1192060
+# %% ../nbs/70_cli.ipynb #fcbb3131
 COMMANDS = {f.__name__.removeprefix('sage_'): f for f in (sage_demo, sage_train, sage_eval, sage_ablate)}
 
 def main(

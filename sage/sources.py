@@ -6,7 +6,7 @@
 __all__ = ['WORLD', 'DEV', 'world', 'shown', 'readable', 'training_tables', 'validation_tables', 'by_radius', 'only_readable',
            'evaluation_sets', 'load_checkpoint']
 
-# %% ../nbs/45_sources.ipynb #81c70000
+# %% ../nbs/45_sources.ipynb #7d8884e5
 import sys
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .run import Run
 from .retrieval import positives_within
 from .protocols import EvalSet, PROTOCOLS, Protocol, folder_protocol, get_protocol, keep_rows, load_benchmark
 
-# %% ../nbs/45_sources.ipynb #7c870ea9
+# %% ../nbs/45_sources.ipynb #53e07cb9
 WORLD = dict(backbone='sage_nano', image_size=112, eval_size=112, augment='none', cache_gb=1.5, node_features='image', epochs=4, steps=40, places_per_batch=12, lr=1e-3, lr_steps=160, embed_batch=64)
 DEV = dict(epochs=1, steps=1, places_per_batch=2) # on top of it: one step
 
@@ -31,9 +31,9 @@ def world(
     dev:bool = False, # the smallest that trains
 )->dict: # 'train': table, 'val': name → table
     "The rendered towns: one place to call them from."
-    return make_world(cache_dir('worlds'), seed=seed, **(dict(towns=('hamlet',), blocks=(1, 1)) if dev else {}))
+    return make_world(cache_dir('worlds'), seed=seed, **(dict(towns=('hamlet',), blocks=(1, 1), test_blocks=(1, 1)) if dev else {}))
 
-# %% ../nbs/45_sources.ipynb #a2a7ad74
+# %% ../nbs/45_sources.ipynb #64132481
 def shown(
     bad:list, # (path, reason)
     most:int = 5, # named
@@ -51,7 +51,7 @@ def readable(
     if bad: print(f'{name}: {len(bad):,} of {len(df):,} images cannot be read and are left out: {shown(bad)}', file=sys.stderr)
     return good
 
-# %% ../nbs/45_sources.ipynb #e4c60f8a
+# %% ../nbs/45_sources.ipynb #fe8479c0
 def training_tables(
     paths:list, # one or two data sets, or 'world'
     formats:tuple = ('auto',), # a format for each, or one for all
@@ -66,7 +66,7 @@ def training_tables(
     labelled = formats.index('gsv') if 'gsv' in formats else 1
     return dict(mined=tables[1 - labelled], labelled=tables[labelled])
 
-# %% ../nbs/45_sources.ipynb #7748c621
+# %% ../nbs/45_sources.ipynb #07c9abf2
 def _held_out(path):
     "A validation or test split; a training split never, where there are splits."
     df = read_places(path)
@@ -88,7 +88,7 @@ def validation_tables(
         else: tables[Path(p).absolute().name] = readable(_held_out(p), p, scan)
     return tables
 
-# %% ../nbs/45_sources.ipynb #fc983e4d
+# %% ../nbs/45_sources.ipynb #1b4e319b
 def by_radius(
     name:str, # printed as the set
     df:pd.DataFrame, # places table with both roles
@@ -109,7 +109,7 @@ def only_readable(
         if bad: e.notes.append(f'warning: {len(bad):,} of the {len(df):,} {side} images cannot be read and are left out: {shown(bad)}')
     return keep_rows(e, *keep)
 
-# %% ../nbs/45_sources.ipynb #7b015115
+# %% ../nbs/45_sources.ipynb #666e5f3c
 def evaluation_sets(
     data:list = (), # folders, or 'world'
     benchmarks:list = (), # names
@@ -128,7 +128,7 @@ def evaluation_sets(
     if not sets: raise UserError(f'nothing to measure on: give --data a folder (or world), or --benchmark one of {", ".join(PROTOCOLS)}')
     return [(p, only_readable(e)) for p, e in sets] if scan else sets
 
-# %% ../nbs/45_sources.ipynb #3115c929
+# %% ../nbs/45_sources.ipynb #b55e99ab
 def load_checkpoint(
     path:str|Path, # our safetensors, a run folder (its best epoch), or the authors' .pth
 )->tuple: # model, name, settings it was trained with ({} if unknown)

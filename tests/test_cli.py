@@ -1,5 +1,5 @@
 """The commands on bad input: one sentence on stderr, exit code 2, no traceback, nothing half written. And on good input from start to end."""
-import os, subprocess, sys
+import os, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from sage import cli
 from sage.formats import write_gsv, write_msls, write_utm
+from sage.model import create_sage, save_sage
 from sage.places import make_table
 from sage.run import Run
 
@@ -232,6 +233,22 @@ def test_a_process_of_its_own(root, tmp_path):
     assert done.stderr.strip() == f'sage_train: {tmp_path}/nowhere: no such folder; check the path'
 
 
+def test_ctrl_c_ends_with_a_sentence_and_can_be_resumed(sets, tmp_path, capsys):
+    "SIGINT in the middle of a long training: exit code 130, one sentence, a run that goes on."
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get('PYTHONPATH', '')]))
+    argv = ['--data', str(sets/'gsv'), '--val', str(sets/'bestadt'), '--run', str(tmp_path/'run'), *SMALL]
+    process = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'sage.cli', 'train', *argv, '--steps', '100000'], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path, env=env)
+    deadline = time.monotonic() + 240
+    while not ((tmp_path/'run'/'metrics.jsonl').exists() and '"step"' in (tmp_path/'run'/'metrics.jsonl').read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(.2)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and 'Traceback' not in err, err
+    assert [line for line in err.splitlines() if line.startswith('sage_train: stopped after step') and 'can be resumed' in line], err
+    assert Run(tmp_path/'run').epochs() == [0] and Run(tmp_path/'run').resumable() == [0]
+
+
 # ---- good data -------------------------------------------------------------------------------------------------
 
 def test_train_two_sources_then_eval(sets, tmp_path, capsys):
@@ -265,6 +282,15 @@ def test_ablation_of_two_cells(sets, tmp_path, capsys):
     assert code == 0, err
     assert '| SoftP + sage − SoftP + random | 2 |' in out and 'Every cell: 1 steps, 4 images.' in out
     assert sorted(p.name for p in (tmp_path/'a').iterdir()) == ['cells', 'config.json', 'results.csv', 'runs', 'table.md'] and not list((tmp_path/'a'/'runs').iterdir())
+
+
+def test_audit_of_a_model_with_a_head(sets, tmp_path, capsys):
+    save_sage(create_sage('sage_nano', interact=True, probes=8, probe_dim=80, token_dim=128), tmp_path/'head.safetensors', config=dict(settings=dict(eval_size=56)))
+    code, out, err = run('eval', '--checkpoint', tmp_path/'head.safetensors', '--data', sets/'bestadt', '--head', '--order', 'shuffled', '--audit', '--out', tmp_path/'out', '--quiet', capsys=capsys)
+    assert code == 0, err
+    for part in ('head on · order shuffled (seed 0), batches of 8', 'as published', 'sorted, batches of 26', 'head off'): assert part in out, out
+    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['audit_bestadt.csv', 'audit_bestadt.png', 'results.csv']
+    assert len(pd.read_csv(tmp_path/'out'/'audit_bestadt.csv')) == 26
 
 
 def test_corridor_as_a_real_data_set(shared, tmp_path, capsys):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Neighborhood', 'neighborhood', 'neighbourhood_figure', 'growth', 'clique_growth_figure', 'inner_mean']
 
-# %% ../../nbs/56_viz_clique.ipynb #81d38b1e
+# %% ../../nbs/56_viz_clique.ipynb #fb823fec
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from ..graph import TAU2, affinity, typical_norm
 from .graph import epoch_words, map_positions, node_row
 from .style import COLORS, SCALE, escape, place_label, place_labels, template, thumbnail
 
-# %% ../../nbs/56_viz_clique.ipynb #512a3346
+# %% ../../nbs/56_viz_clique.ipynb #db9026a4
 class Neighborhood(NamedTuple):
     "What surrounds a place in an epoch's graph."
     near: np.ndarray       # node numbers within 25 m, nearest first
@@ -45,7 +45,7 @@ def neighborhood(
     F = np.asarray(run.descriptors(epoch)[order], np.float32)
     return Neighborhood(near.other.to_numpy(), alike.other.to_numpy(), alike.d_vis.to_numpy(), _slot_of(cliques, nodes, node), affinity(nodes[['easting', 'northing']].to_numpy(float)[order], F))
 
-# %% ../../nbs/56_viz_clique.ipynb #0295b1ab
+# %% ../../nbs/56_viz_clique.ipynb #90d42bd6
 def _slot_of(cliques, nodes, node):
     "The first recorded batch slot that holds an image of the place."
     row = nodes.iloc[node]
@@ -54,16 +54,16 @@ def _slot_of(cliques, nodes, node):
     first = mine.iloc[0]
     return cliques[(cliques.batch == first.batch) & (cliques.slot == first.slot)].sort_values('rank')
 
-# %% ../../nbs/56_viz_clique.ipynb #f5b0542e
+# %% ../../nbs/56_viz_clique.ipynb #54dc82cb
 def _affinity_heat(W, labels, edge):
     "W as a heat map of log(1 + |W|), with dots at the edges."
     ticks = np.array([0, 1, 3, 10, 31.3, 100, 300, 1000, 3000])
     ticks = ticks[ticks <= max(31.3, -W.min())]
     where, bar = np.arange(len(W)), dict(title=dict(text='affinity W [m]', side='right'), tickvals=np.log10(1 + ticks), ticktext=['0', *('−31.3 = τ₂' if t == 31.3 else f'−{t:g}' for t in ticks[1:])], thickness=12, len=.58, y=1, yanchor='top')
     hover = np.array([[f'{a}<br>{b}<br>W = {w:.2f} m' for b, w in zip(labels, row)] for a, row in zip(labels, W)], dtype=object)
-    return go.Heatmap(z=np.log10(1 - W), x=where, y=where, text=np.where(edge, '•', ''), texttemplate='%{text}', textfont_color='white', customdata=hover, hovertemplate='%{customdata}<extra></extra>', colorscale=SCALE, reversescale=True, zmin=0, zmax=float(np.log10(1 + ticks[-1])), colorbar=bar)
+    return go.Heatmap(z=np.log10(1 - W), x=where, y=where, text=np.where(edge, '•', ''), texttemplate='%{text}', textfont_color='white', customdata=hover, hovertemplate='%{customdata}<extra></extra>', colorscale=SCALE, reversescale=True, zmin=0, zmax=float(np.log10(1 + max(31.3, -W.min()))), colorbar=bar)
 
-# %% ../../nbs/56_viz_clique.ipynb #9718de1c
+# %% ../../nbs/56_viz_clique.ipynb #2311cdc0
 def _picture_row(fig, row, images, captions):
     "A row of thumbnails with captions in the subplot (row, 1)."
     x, y = (f'{a}{2 + row - 1}' for a in 'xy')
@@ -71,7 +71,7 @@ def _picture_row(fig, row, images, captions):
         fig.add_layout_image(source=thumbnail(image, 96), xref=x, yref=y, x=i, y=.32, sizex=.94, sizey=.68, xanchor='center', yanchor='bottom', sizing='contain')
         fig.add_annotation(x=i, y=.3, xref=x, yref=y, text=caption, showarrow=False, yanchor='top', font_size=11)
 
-# %% ../../nbs/56_viz_clique.ipynb #1d3ecfee
+# %% ../../nbs/56_viz_clique.ipynb #7c72a2a2
 def _neighborhood_map(fig, xy, here, groups, labels):
     "The city's nodes in grey, those of each group on top, lines from the first to all others."
     fig.add_scattergl(x=xy[here, 0], y=xy[here, 1], mode='markers', marker=dict(size=4, color=COLORS['grey'], opacity=.35), hoverinfo='skip', showlegend=False, row=1, col=1)
@@ -83,7 +83,7 @@ def _neighborhood_map(fig, xy, here, groups, labels):
         fig.add_scattergl(x=xy[rows, 0], y=xy[rows, 1], mode='markers', name=name, text=labels[rows], customdata=np.asarray(rows, np.int32), hovertemplate='%{text}<extra></extra>',
                           marker=dict(color=color, size=18 if symbol == 'star' else 10, symbol=symbol, line=dict(width=1, color='white')), row=1, col=1)
 
-# %% ../../nbs/56_viz_clique.ipynb #e9505161
+# %% ../../nbs/56_viz_clique.ipynb #2ad35e24
 def neighbourhood_figure(
     run,         # a `Run`
     epoch:int,   # which; negative counts from the last
@@ -111,7 +111,7 @@ def neighbourhood_figure(
     _picture_row(fig, 3, around.members.image, [_rank_caption(m) for m in around.members.itertuples()])
     return _finish_neighbourhood(fig, nodes, node, epoch, max(10, len(alike) + 1), positions is None, dark, height)
 
-# %% ../../nbs/56_viz_clique.ipynb #0bc458e2
+# %% ../../nbs/56_viz_clique.ipynb #d5c2c30b
 def _clique_title(members):
     "Where the clique was drawn, and that numbers are mean affinities."
     if members.empty: return 'in none of the recorded batches'
@@ -128,7 +128,7 @@ def _rank_caption(member):
     rank = 'anchor' if member.rank == 0 else f'+{member.rank}'
     return f'{rank}<br>{member.mean_affinity:.1f} m' if np.isfinite(member.mean_affinity) else rank
 
-# %% ../../nbs/56_viz_clique.ipynb #52730887
+# %% ../../nbs/56_viz_clique.ipynb #ded95e2e
 def _finish_neighbourhood(fig, nodes, node, epoch, wide, on_map, dark, height):
     "Title, axes and legend of the neighbourhood figure."
     fig.update_layout(template=template(dark), height=height, title=f'{place_label(nodes.iloc[node])}{epoch_words(epoch)}', legend=dict(orientation='h', y=1.035, yanchor='bottom', x=0, traceorder='reversed'), margin=dict(t=110, b=20))
@@ -144,7 +144,7 @@ def _finish_neighbourhood(fig, nodes, node, epoch, wide, on_map, dark, height):
         fig.update_yaxes(row=row, col=1, range=[0, 1], visible=False)
     return fig
 
-# %% ../../nbs/56_viz_clique.ipynb #adebd8e9
+# %% ../../nbs/56_viz_clique.ipynb #8343b2f9
 def growth(
     W,     # affinities [N, N]; -inf or NaN is a cut edge
     order, # node numbers in the order taken [k]
@@ -156,14 +156,14 @@ def growth(
         out[t, order[:t]] = np.nan
     return out
 
-# %% ../../nbs/56_viz_clique.ipynb #96c835dd
+# %% ../../nbs/56_viz_clique.ipynb #fc7b5d9d
 def _growth_paths(fig, steps, order, name, color, dash, symbol):
     "The scores of those taken, step by step."
     y = steps[np.arange(len(order)), order]
     fig.add_scatter(x=np.arange(len(order)), y=np.where(np.isfinite(y), y, np.nan), mode='lines+markers', name=name, line=dict(color=color, dash=dash, width=2), marker=dict(size=12, symbol=symbol, line=dict(width=1, color='white')),
                     text=[f'image {i}' for i in order], hovertemplate='%{text}: %{y:.2f} m<extra>' + name + '</extra>', row=1, col=1)
 
-# %% ../../nbs/56_viz_clique.ipynb #dfa59b52
+# %% ../../nbs/56_viz_clique.ipynb #e5f83f9a
 def clique_growth_figure(
     images,      # of the N images of a spot: paths, PIL images or arrays
     W,           # affinities [N, N]; -inf or NaN is a cut edge
@@ -189,7 +189,7 @@ def clique_growth_figure(
     for row, chosen in ((2, order), (3, other)): _growth_row(fig, row, [images[i] for i in chosen], [escape(labels[i]) if labels is not None else f'image {i}' for i in chosen])
     return _finish_growth(fig, W, order, other, dark, height)
 
-# %% ../../nbs/56_viz_clique.ipynb #47b0dcff
+# %% ../../nbs/56_viz_clique.ipynb #33812b02
 def _growth_row(fig, row, images, captions):
     "Thumbnails under the steps."
     for t, (image, caption) in enumerate(zip(images, captions)):
@@ -198,7 +198,7 @@ def _growth_row(fig, row, images, captions):
     fig.update_yaxes(row=row, col=1, range=[0, 1], showticklabels=False, showgrid=False, ticks='', zeroline=False, title=dict(text=('greedy', 'at random')[row - 2]))
     fig.update_xaxes(row=row, col=1, visible=False, range=[-.5, len(images) - .5])
 
-# %% ../../nbs/56_viz_clique.ipynb #d5bae56b
+# %% ../../nbs/56_viz_clique.ipynb #cc3ece62
 def inner_mean(
     W,       # affinities [N, N]
     members, # node numbers

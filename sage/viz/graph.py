@@ -7,7 +7,7 @@ __all__ = ['STATES', 'map_positions', 'fair_shares', 'single_edges', 'bundled_ed
            'graph_view', 'epoch_words', 'score_range', 'graph_layout', 'graph_figure', 'show_view', 'node_card',
            'node_row']
 
-# %% ../../nbs/50_viz_graph.ipynb #12977223
+# %% ../../nbs/50_viz_graph.ipynb #d754ac15
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from ..core import UserError
 from .style import COLORS, SCALE, escape, place_label, place_labels, template, thumbnail
 
-# %% ../../nbs/50_viz_graph.ipynb #a2536c69
+# %% ../../nbs/50_viz_graph.ipynb #ecd12365
 def map_positions(
     nodes:pd.DataFrame, # nodes of an epoch, or any table with city, easting, northing
 ) -> np.ndarray:        # [n, 2] float32, metres
@@ -30,7 +30,7 @@ def map_positions(
     shift = np.array([[c % side, -(c//side)] for c in range(len(cities))]).reshape(-1, 2)*cell
     return (xy + (shift - boxes.mean(1))[codes]).astype(np.float32)
 
-# %% ../../nbs/50_viz_graph.ipynb #17631f18
+# %% ../../nbs/50_viz_graph.ipynb #f8c219da
 def fair_shares(
     wanted,    # how many lines each group has [G]
     limit:int, # lines there is room for
@@ -49,10 +49,10 @@ def _strongest(lines, limit):
     shares = fair_shares([len(s) for s in states], limit)
     return pd.concat([s.nlargest(n, 'strength') if n < len(s) else s for s, n in zip(states, shares)], ignore_index=True)
 
-# %% ../../nbs/50_viz_graph.ipynb #5e1a1424
+# %% ../../nbs/50_viz_graph.ipynb #e36b15c2
 STATES = dict(kept=dict(color=COLORS['grey'], dash='solid'), new=dict(color=COLORS['blue'], dash='dash'), broken=dict(color=COLORS['vermillion'], dash='dot'))
 
-# %% ../../nbs/50_viz_graph.ipynb #ee0bb491
+# %% ../../nbs/50_viz_graph.ipynb #2bdb7304
 def single_edges(
     xy,                 # positions of the nodes [n, 2]
     edges:pd.DataFrame, # of an epoch
@@ -64,7 +64,7 @@ def single_edges(
     lines = pd.DataFrame(dict(x0=a[0], y0=a[1], x1=b[0], y1=b[1], state=edges.state.to_numpy(), count=1, affinity=edges.affinity.to_numpy(), strength=strength))
     return _strongest(lines, limit).assign(thick=lambda d: d.strength > .5)
 
-# %% ../../nbs/50_viz_graph.ipynb #d0a41124
+# %% ../../nbs/50_viz_graph.ipynb #4b7851b6
 def bundled_edges(
     xy,                 # positions of the nodes [n, 2]
     edges:pd.DataFrame, # of an epoch
@@ -85,12 +85,12 @@ def bundled_edges(
     lines = _strongest(lines[a != b], limit)
     return lines.assign(thick=lines['count'] > lines['count'].quantile(.75))
 
-# %% ../../nbs/50_viz_graph.ipynb #f177a39d
+# %% ../../nbs/50_viz_graph.ipynb #f97cc8ad
 def _ends(values):
     "(lowest, highest), (0, 1) of nothing."
     return (float(values.min()), float(values.max())) if len(values) else (0., 1.)
 
-# %% ../../nbs/50_viz_graph.ipynb #2c5bde5c
+# %% ../../nbs/50_viz_graph.ipynb #b3d97360
 def edges_for_view(
     xy,                 # positions of the nodes [n, 2]
     edges:pd.DataFrame, # of an epoch: src, dst, affinity, kind, state
@@ -114,7 +114,7 @@ def _in_window(xy, window):
     if window is None: return np.ones(len(xy), bool)
     return (xy[:, 0] >= window[0]) & (xy[:, 0] <= window[1]) & (xy[:, 1] >= window[2]) & (xy[:, 1] <= window[3])
 
-# %% ../../nbs/50_viz_graph.ipynb #ae9ac61d
+# %% ../../nbs/50_viz_graph.ipynb #7938842d
 class View(NamedTuple):
     "What a graph figure shows: properties of its traces, in their order, and a title."
     traces: list
@@ -131,7 +131,7 @@ def _node_trace(nodes, labels, xy, keep, **marker):
     "Properties of the trace of those nodes that `keep` says; customdata is the node's number."
     return dict(x=xy[keep, 0], y=xy[keep, 1], text=labels[keep], customdata=nodes.node.to_numpy(np.int32)[keep], marker=marker)
 
-# %% ../../nbs/50_viz_graph.ipynb #8f952296
+# %% ../../nbs/50_viz_graph.ipynb #fe27527f
 def graph_view(
     nodes:pd.DataFrame, # of an epoch
     edges:pd.DataFrame,
@@ -165,7 +165,7 @@ def epoch_words(
     "' after 3 epochs'; nothing for None or a number that counts from the last."
     return '' if epoch is None or epoch < 0 else ' before training' if epoch == 0 else f' after {epoch} epoch{"s"[:epoch > 1]}'
 
-# %% ../../nbs/50_viz_graph.ipynb #ba190c17
+# %% ../../nbs/50_viz_graph.ipynb #7834f401
 def _frame_of(
     view:View,       # the first view
     scores,          # (lowest, highest) of the colours
@@ -185,6 +185,7 @@ def _frame_of(
                          colorbar=dict(title=dict(text='seed score: mean affinity nearby [m]', side='right'), thickness=12))
     return out + [go.Scattergl(view.traces[8], mode='markers', name='selected', hoverinfo='skip', showlegend=False, marker=dict(size=size + 9, symbol='circle-open', color=COLORS['orange'], line_width=3))]
 
+# %% ../../nbs/50_viz_graph.ipynb #836c0202
 def score_range(
     tables, # nodes of some epochs
 ) -> tuple: # (low, high)
@@ -193,7 +194,7 @@ def score_range(
     scores = scores[np.isfinite(scores)]
     return tuple(float(v) for v in np.percentile(scores, [2, 98])) if len(scores) else (-1., 0.)
 
-# %% ../../nbs/50_viz_graph.ipynb #1423993c
+# %% ../../nbs/50_viz_graph.ipynb #bd211b3a
 def _player(names):
     "A slider with a stop for each frame, and buttons to play and pause."
     at_once = dict(mode='immediate', frame=dict(duration=0, redraw=True), transition=dict(duration=0))
@@ -202,7 +203,7 @@ def _player(names):
     buttons = [dict(label='▶', method='animate', args=[None, play]), dict(label='❚❚', method='animate', args=[[None], at_once])]
     return dict(sliders=[slider], updatemenus=[dict(type='buttons', direction='left', showactive=False, x=0, y=0, xanchor='left', yanchor='top', pad=dict(t=62), buttons=buttons)])
 
-# %% ../../nbs/50_viz_graph.ipynb #0445cdab
+# %% ../../nbs/50_viz_graph.ipynb #2631dc88
 def _positions(positions, epoch):
     "Positions of one epoch out of an array for all or a dict by epoch."
     return positions.get(epoch) if isinstance(positions, dict) else positions
@@ -222,7 +223,7 @@ def graph_layout(
     return dict(template=template(dark), height=height, uirevision='graph', dragmode='pan', hovermode='closest', margin=dict(l=70, r=20, t=110, b=60),
                 legend=dict(orientation='h', y=1.01, yanchor='bottom', x=0), xaxis=dict(title=names[0], range=window[:2], **unit), yaxis=dict(title=names[1], range=window[2:], scaleanchor='x', **unit))
 
-# %% ../../nbs/50_viz_graph.ipynb #151729f0
+# %% ../../nbs/50_viz_graph.ipynb #40ca8aca
 def graph_figure(
     run,              # a `Run`
     epochs=None,      # which; None: all that are complete, one number: no slider
@@ -249,14 +250,14 @@ def graph_figure(
         fig.update_layout(_player([str(e) for e in epochs]))
     return fig
 
-# %% ../../nbs/50_viz_graph.ipynb #77af0a80
+# %% ../../nbs/50_viz_graph.ipynb #075c1c90
 def _name_cities(fig, nodes, xy):
     "A name over each city, where there are several."
     codes, cities = pd.factorize(nodes.city)
     for c, city in enumerate(cities if len(cities) > 1 else []):
         fig.add_annotation(x=float(xy[codes == c, 0].mean()), y=float(xy[codes == c, 1].max()), text=escape(city), yshift=14, showarrow=False)
 
-# %% ../../nbs/50_viz_graph.ipynb #3d0cd6cf
+# %% ../../nbs/50_viz_graph.ipynb #1dee89b6
 def show_view(
     fig,       # a `go.FigureWidget` (or Figure) made by `graph_figure` with one epoch
     view:View, # what it should show now
@@ -266,7 +267,7 @@ def show_view(
         for trace, new in zip(fig.data, view.traces): trace.update(new)
         fig.layout.title.text = view.title
 
-# %% ../../nbs/50_viz_graph.ipynb #699e25e5
+# %% ../../nbs/50_viz_graph.ipynb #55121cd5
 def node_card(
     nodes:pd.DataFrame, # of an epoch
     node:int,           # node number

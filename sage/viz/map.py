@@ -7,7 +7,7 @@ __all__ = ['LAYERS_ICON', 'STYLE', 'NOTE', 'leaflet_head', 'map_coordinates', 'f
            'raw', 'empty_map', 'add_note', 'map_html', 'add_ground', 'fit', 'batch_members', 'member_card',
            'hard_negatives', 'batch_layers', 'city_boxes', 'clique_map']
 
-# %% ../../nbs/51_viz_map.ipynb #7d10f340
+# %% ../../nbs/51_viz_map.ipynb #e49fabc2
 from importlib.resources import files
 
 import folium
@@ -20,7 +20,7 @@ from ..core import UserError
 from ..geo import radius_neighbors, to_latlon
 from .style import COLORS, escape, palette, place_label, place_labels, thumbnail
 
-# %% ../../nbs/51_viz_map.ipynb #2c2b9f55
+# %% ../../nbs/51_viz_map.ipynb #1b2f24b0
 LAYERS_ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' width='26' height='26' viewBox='0 0 26 26'%3E%3Cpath d='M13 4 23 9.5 13 15 3 9.5zM3 13l10 5.5L23 13M3 16.5 13 22l10-5.5' "
                "fill='none' stroke='%23555' stroke-width='1.7'/%3E%3C/svg%3E")
 
@@ -31,7 +31,7 @@ def leaflet_head() -> str:
     for name in ('layers.png', 'layers-2x.png', 'marker-icon.png'): css = css.replace(f'url(images/{name})', f'url("{LAYERS_ICON}")')
     return f'<style>{css}</style><script>{js.replace("//# sourceMappingURL=leaflet.js.map", "")}</script>'
 
-# %% ../../nbs/51_viz_map.ipynb #23bc7e8c
+# %% ../../nbs/51_viz_map.ipynb #7e40ed1e
 def map_coordinates(
     df:pd.DataFrame, # easting, northing, and zone, or lat and lon
     center=None,     # (easting, northing) that is 0, 0 on a sheet of metres; None: the mean
@@ -45,7 +45,7 @@ def map_coordinates(
     for z in set(zone): out[zone == z] = np.stack(to_latlon(*xy[zone == z].T, z)[::-1], 1)
     return out, True
 
-# %% ../../nbs/51_viz_map.ipynb #9c195468
+# %% ../../nbs/51_viz_map.ipynb #3b89b797
 def features(
     kind:str,    # 'Point', 'LineString' or 'MultiLineString'
     coordinates, # of each feature, x first
@@ -69,7 +69,7 @@ def layer(
     if 'card' in has: folium.GeoJsonPopup(['card'], labels=False, max_width=420).add_to(out)
     return out
 
-# %% ../../nbs/51_viz_map.ipynb #f94bf9d6
+# %% ../../nbs/51_viz_map.ipynb #e06294f5
 def street_lines(
     xy,          # positions in metres [N, 2], of one city
     reach=60.,   # metres; no longer line is drawn
@@ -88,12 +88,13 @@ def city_streets(
     parts = [np.sort(r)[street_lines(df[['easting', 'northing']].to_numpy(float)[np.sort(r)], reach)] for r in rows]
     return np.concatenate([np.zeros((0, 2), int), *parts])
 
-# %% ../../nbs/51_viz_map.ipynb #f8e5d326
+# %% ../../nbs/51_viz_map.ipynb #d65f4e96
 STYLE = '''<style>.leaflet-container{background:%s;font-family:system-ui,"DejaVu Sans",sans-serif;font-size:13px!important} .leaflet-popup-content{margin:10px 14px;font-size:13px} .leaflet-popup-content td{vertical-align:top;padding:1px 4px}
 .leaflet-popup-content img{border-radius:4px;display:block} .leaflet-tooltip table td{padding:0} .sage-star{font:22px/22px "DejaVu Sans",sans-serif;text-align:center;text-shadow:-1px 0 #fff,1px 0 #fff,0 1px #fff,0 -1px #fff,0 0 3px #000}
 .sage-note{position:absolute;left:12px;bottom:62px;z-index:800;max-width:340px;padding:7px 11px;border-radius:5px;background:rgba(255,255,255,.9);color:#333;font:12px/1.45 system-ui,"DejaVu Sans",sans-serif;box-shadow:0 1px 4px rgba(0,0,0,.3)}
 .sage-note b{font-size:13px} .leaflet-control-layers{max-height:70vh;overflow-y:auto;color:#333}</style>'''
 
+# %% ../../nbs/51_viz_map.ipynb #d88a373f
 def raw(
     html:str,
 ) -> folium.Element:
@@ -115,6 +116,7 @@ def empty_map(
     if tiles and degrees: folium.TileLayer('https://tile.openstreetmap.org/{z}/{x}/{y}.png', attr='© OpenStreetMap contributors', name='OpenStreetMap', max_zoom=22, max_native_zoom=19, overlay=True).add_to(m)
     return m
 
+# %% ../../nbs/51_viz_map.ipynb #5eb5d3dc
 def add_note(
     m:folium.Map, # changed
     note:str,     # HTML
@@ -128,7 +130,7 @@ def map_html(
     "The map as one HTML page."
     return m.get_root().render()
 
-# %% ../../nbs/51_viz_map.ipynb #d080f3b5
+# %% ../../nbs/51_viz_map.ipynb #4e94dce9
 def add_ground(
     m:folium.Map,       # changed
     images:pd.DataFrame, # table of places or nodes: a dot for each
@@ -153,7 +155,7 @@ def fit(
     low, high = np.min(at, axis=0), np.max(at, axis=0)
     m.fit_bounds([low[::-1].tolist(), high[::-1].tolist()], padding=(24, 24), max_zoom=20)
 
-# %% ../../nbs/51_viz_map.ipynb #dd0ecd17
+# %% ../../nbs/51_viz_map.ipynb #2fa14fd5
 def batch_members(
     run,         # a `Run`
     epoch:int,   # which
@@ -172,7 +174,7 @@ def batch_members(
     mine = mine.assign(x=at[:, 0], y=at[:, 1], color=[colors[s] for s in mine.slot], label=place_labels(mine), metres=np.hypot(*(mine[['easting', 'northing']].to_numpy(float) - anchor).T))
     return mine.assign(card=[member_card(row, size) for row in mine.itertuples()])
 
-# %% ../../nbs/51_viz_map.ipynb #a7542a00
+# %% ../../nbs/51_viz_map.ipynb #6c1f46b0
 def member_card(
     row,     # of `batch_members`
     size=96, # pixels of the picture
@@ -183,7 +185,7 @@ def member_card(
     where = '' if row.rank == 0 else f'{row.metres:.1f} m from the anchor<br>'
     return f'<img src="{thumbnail(row.image, size)}" height="{size*3//4}" alt=""><b>{row.label}</b><br>{role}<br>{worth}<br>{where}<small>{escape(str(row.image).replace(chr(92), "/").rsplit("/", 1)[-1])}</small>'
 
-# %% ../../nbs/51_viz_map.ipynb #5b9b99fc
+# %% ../../nbs/51_viz_map.ipynb #0ab481ef
 def hard_negatives(
     run,        # a `Run`
     epoch:int,
@@ -207,7 +209,7 @@ def _nodes_of(nodes, places):
     number = {(c, p): n for c, p, n in zip(nodes.city, nodes.place, nodes.node)}
     return np.array([number[c, p] for c, p in zip(places.city, places.place)])
 
-# %% ../../nbs/51_viz_map.ipynb #54a7dff7
+# %% ../../nbs/51_viz_map.ipynb #d6c8a6f9
 def _star(color='', text=''):
     "An icon of a star with a number."
     return folium.DivIcon(html=f'<div class="sage-star" style="color:{color}">★<span style="font-size:12px;font-weight:600;color:#222;vertical-align:super;text-shadow:0 0 3px #fff,0 0 3px #fff">{text}</span></div>', icon_size=(30, 22), icon_anchor=(11, 11), class_name='')
@@ -219,7 +221,7 @@ def _hard_lines(members, hard):
     tips = [f'slots {r.a} and {r.b} look alike: descriptor distance {r.d_vis:.2f}, {r.metres:.0f} m apart' for r in hard.itertuples()]
     return layer(features('LineString', ends, tip=tips), lambda f: dict(color=COLORS['vermillion'], weight=1.6, opacity=.75, dashArray='3 6'))
 
-# %% ../../nbs/51_viz_map.ipynb #66c9f50e
+# %% ../../nbs/51_viz_map.ipynb #6179a941
 def batch_layers(
     members:pd.DataFrame, # from `batch_members`
     hard:pd.DataFrame,    # from `hard_negatives`
@@ -238,7 +240,7 @@ def batch_layers(
         if part is not None: part.add_to(group)
     return group
 
-# %% ../../nbs/51_viz_map.ipynb #353db9f9
+# %% ../../nbs/51_viz_map.ipynb #73b9eb1a
 def city_boxes(
     members:pd.DataFrame, # from `batch_members`
 ) -> list:                # (name with the number of its slots, coordinates of its members [n, 2]), the city with most first
@@ -255,6 +257,7 @@ def _jumps(m, boxes):
 NOTE = ('<b>Clique batches</b><br>★ anchor · ● images taken with it: one clique, one place of the batch · <span style="color:%s">┄</span> hard negatives: slots that look most alike, though they are different places<br>'
         'Click a star or a dot for its picture. %s') % (COLORS['vermillion'], '%s')
 
+# %% ../../nbs/51_viz_map.ipynb #9726fd66
 def clique_map(
     run,          # a `Run`
     epochs=-1,    # one epoch or several; negative counts from the last

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STREETS', 'toy_table', 'toy_pictures', 'toy_descriptors', 'toy_metrics', 'toy_run']
 
-# %% ../../nbs/48_viz_toy.ipynb #69718dce
+# %% ../../nbs/48_viz_toy.ipynb #81afa008
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..graph import GeoSide, epoch_graph
 from ..places import make_table
 from ..run import Run
 
-# %% ../../nbs/48_viz_toy.ipynb #72ddb667
+# %% ../../nbs/48_viz_toy.ipynb #701552c4
 STREETS = ((0, 100, 600, 100), (0, 300, 600, 300), (100, 0, 100, 400), (330, 0, 330, 400), (520, 0, 520, 400))   # from x, y to x, y in metres
 
 def toy_table(
@@ -39,7 +39,7 @@ def toy_table(
     return make_table(image=[files[l][v] for l, v in zip(looks, views)], city=city, place=place.astype(int), zone='33N', sequence=(place//1000).astype(int).astype(str),
                       easting=389_000 + x + g.normal(0, 1.2, len(x)), northing=5_819_000 + y + g.normal(0, 1.2, len(x))), looks
 
-# %% ../../nbs/48_viz_toy.ipynb #2d5e5d1d
+# %% ../../nbs/48_viz_toy.ipynb #30f6a217
 def toy_pictures(
     folder, # made
     g,      # numpy generator
@@ -53,7 +53,7 @@ def toy_pictures(
         Image.fromarray(pixels).resize((96, 64), Image.Resampling.NEAREST).save(paths[l][v], quality=70)
     return paths
 
-# %% ../../nbs/48_viz_toy.ipynb #09222298
+# %% ../../nbs/48_viz_toy.ipynb #3bb8d42c
 def toy_descriptors(
     geo:GeoSide, # n places
     looks,       # kind of façade of each image [N]
@@ -68,7 +68,7 @@ def toy_descriptors(
     F = np.concatenate([kinds[first] + .45*noise, .5*epoch*np.cos(angle), .5*epoch*np.sin(angle)], 1)
     return (F/np.linalg.norm(F, axis=1, keepdims=True)).astype(np.float32)
 
-# %% ../../nbs/48_viz_toy.ipynb #06543cc0
+# %% ../../nbs/48_viz_toy.ipynb #1ba92571
 def toy_metrics(
     epoch:int, # finished epochs
     graph,     # its `Graph`
@@ -83,7 +83,7 @@ def toy_metrics(
     edges = {f'edges_{s}': int((graph.edges.state == s).sum()) for s in ('kept', 'new', 'broken')}
     return steps, dict(kind='epoch', epoch=epoch, **trained, **recall, **edges, embed_s=4 + g.random(), draw_s=.4, recall_s=2.5, graph_s=1.)
 
-# %% ../../nbs/48_viz_toy.ipynb #4ad902f2
+# %% ../../nbs/48_viz_toy.ipynb #0755e9e6
 def toy_run(
     path,      # folder to make; its pictures go into `pictures` within
     epochs=4,  # trained ones; epoch 0 comes on top
