@@ -2,6 +2,7 @@
 #   PYTHON=python3.12   the Python to build it from
 #   PY=/path/to/python  use an environment of your own instead
 #   ARGS='--dev'        options passed on (demo)
+MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 export PYTHONPATH := $(CURDIR)
 

@@ -270,7 +270,7 @@ def child(towns, folder, run, resume=False):
     paths = [str(folder/f'{i}.parquet') for i in range(3)]
     for t, p in zip(towns, paths): t.to_parquet(p)
     code = CHILD.format(path=[os.path.dirname(__file__), str(Path(sage.__file__).parents[1])], tables=paths, run=str(run), resume=resume)
-    return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONHASHSEED': '7', 'OMP_NUM_THREADS': '1'})
+    return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONHASHSEED': '7'})
 
 def wait_for(condition, process, seconds=120):
     end = time.monotonic() + seconds
