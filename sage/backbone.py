@@ -7,7 +7,7 @@ __all__ = ['NANO', 'nano_vit', 'resample_positions', 'check_vit', 'Backbone', 'c
            'weights_folder', 'file_sha256', 'pack_nano', 'packaged_nano', 'hub_reachable', 'explain_mismatch',
            'make_vit', 'fingerprint']
 
-# %% ../nbs/11_backbone.ipynb #dc97dfcd
+# %% ../nbs/11_backbone.ipynb #508c31cf
 import hashlib, pickle, struct, urllib.error, urllib.request
 from importlib import resources
 from pathlib import Path
@@ -21,14 +21,14 @@ from .core import MissingPath, UserError, atomic
 from .dpn import DynamicPowerNorm
 from .images import check_size
 
-# %% ../nbs/11_backbone.ipynb #bd836ee0
+# %% ../nbs/11_backbone.ipynb #37ea7270
 NANO = dict(img_size=112, patch_size=14, embed_dim=192, depth=12, num_heads=6, mlp_ratio=3, init_values=1.0, num_classes=0)
 
 def nano_vit() -> VisionTransformer: # random weights
     "The vision transformer behind `sage_nano`: patch 14, native size 112² (8 × 8 patches)."
     return VisionTransformer(**NANO)
 
-# %% ../nbs/11_backbone.ipynb #27a4c468
+# %% ../nbs/11_backbone.ipynb #0927ed81
 def resample_positions(
     positions:torch.Tensor, # patch positions on the native grid [1, rows·cols, C], row-major
     native:tuple, # native grid (rows, cols)
@@ -41,7 +41,7 @@ def resample_positions(
     out = F.interpolate(picture, scale_factor=scale, mode='bicubic', antialias=False)
     return out.flatten(2).transpose(1, 2).to(positions.dtype)
 
-# %% ../nbs/11_backbone.ipynb #804b81ac
+# %% ../nbs/11_backbone.ipynb #b4c42615
 def check_vit(
     vit:nn.Module, # a timm model
     name:str='the model', # for the message
@@ -57,12 +57,12 @@ def check_vit(
     if why: raise UserError(f'{name} cannot be a SAGE backbone: {why}; choose a plain vision transformer, for instance vit_base_patch14_dinov2.lvd142m')
     return vit
 
-# %% ../nbs/11_backbone.ipynb #655aae13
+# %% ../nbs/11_backbone.ipynb #6817542f
 def _drop_mask_token(module, state, prefix, *_):
     "DINOv2's weights hold a `mask_token` used in its pretraining only."
     state.pop(prefix + 'model.mask_token', None)
 
-# %% ../nbs/11_backbone.ipynb #2ee3ab2a
+# %% ../nbs/11_backbone.ipynb #600a0eea
 class Backbone(nn.Module):
     "A frozen vision transformer with a DPN after each of its last blocks (SAGE, arXiv 2509.25723); the DPNs and the final LayerNorm train."
     def __init__(self,
@@ -106,7 +106,7 @@ class Backbone(nn.Module):
 
     def forward(self, images, keep=None): return self.suffix(self.prefix(images), keep)
 
-# %% ../nbs/11_backbone.ipynb #a003163f
+# %% ../nbs/11_backbone.ipynb #440f3efb
 @patch
 def embed(self:Backbone,
     images:torch.Tensor, # [B, 3, H, W]
@@ -114,11 +114,11 @@ def embed(self:Backbone,
     "Patches with their positions, class token first [B, 1+L, C]."
     vit, grid = self.model, self.grid(images)
     x = vit.patch_embed.norm(vit.patch_embed.proj(images).flatten(2).transpose(1, 2))
-    cls, pos = vit.cls_token.expand(len(x), -1, -1), vit.pos_embed
+    cls, pos = vit.cls_token.expand(x.shape[0], -1, -1), vit.pos_embed
     if not vit.no_embed_class: cls, pos = cls + pos[:, :1], pos[:, 1:]
     return vit.norm_pre(torch.cat([cls, x + resample_positions(pos, vit.patch_embed.grid_size, grid)], 1))
 
-# %% ../nbs/11_backbone.ipynb #8a18288d
+# %% ../nbs/11_backbone.ipynb #221f1911
 def check_images(
     images:torch.Tensor, # a batch
     channels:int=3, # channels the backbone expects
@@ -127,7 +127,7 @@ def check_images(
     if images.ndim != 4 or images.shape[1] != channels or not images.is_floating_point():
         raise UserError(f'images must be a float tensor [N, {channels}, H, W], got {images.dtype} {list(images.shape)}')
 
-# %% ../nbs/11_backbone.ipynb #a94a0e15
+# %% ../nbs/11_backbone.ipynb #e796a6ef
 @patch
 def prefix(self:Backbone,
     images:torch.Tensor, # [B, 3, H, W], normalised
@@ -138,7 +138,7 @@ def prefix(self:Backbone,
     with torch.set_grad_enabled(torch.is_grad_enabled() and asked):
         return self.model.blocks[:self.frozen_blocks](self.embed(images))
 
-# %% ../nbs/11_backbone.ipynb #b3e77827
+# %% ../nbs/11_backbone.ipynb #a0e04a40
 @patch
 def suffix(self:Backbone,
     tokens:torch.Tensor, # output of `prefix` [B, 1+L, C]
@@ -153,7 +153,7 @@ def suffix(self:Backbone,
     x = self.model.norm(x)
     return x[:, 0], x[:, 1:]
 
-# %% ../nbs/11_backbone.ipynb #b9081ba0
+# %% ../nbs/11_backbone.ipynb #aab8899f
 def read_tensors(
     path:str|Path, # .safetensors, or a file written by torch.save
 ) -> dict: # name → tensor
@@ -166,7 +166,7 @@ def read_tensors(
         if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
     return tensors_only(state, path)
 
-# %% ../nbs/11_backbone.ipynb #dcb5eb2c
+# %% ../nbs/11_backbone.ipynb #1b0e7df1
 _UNREADABLE = (safetensors.SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError, struct.error)
 
 def _read_file(path):
@@ -180,9 +180,11 @@ def tensors_only(
     "A state dict whose values are all tensors, or a UserError."
     if not isinstance(state, dict) or not state or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         raise UserError(f'{source} holds no state dict (names with tensors); is it the checkpoint of another program?')
-    return {k.removeprefix('module.'): v for k, v in state.items()}
+    named = {k.removeprefix('module.'): v for k, v in state.items()}
+    if len(named) < len(state): raise UserError(f'{source} holds {min(k for k in state if k.startswith("module.") and k.removeprefix("module.") in state)} twice, with and without module.; which is meant cannot be told')
+    return named
 
-# %% ../nbs/11_backbone.ipynb #b918c265
+# %% ../nbs/11_backbone.ipynb #c0a750c0
 def weights_folder() -> Path:
     "Where the packaged weights lie."
     return Path(str(resources.files('sage') / 'weights'))
@@ -213,7 +215,7 @@ def packaged_nano(
     if listed.get(path.name) != file_sha256(path): raise UserError(f'{path} differs from its checksum in checksums.txt: the file is damaged, reinstall sage-vpr')
     return read_tensors(path)
 
-# %% ../nbs/11_backbone.ipynb #65dd3f57
+# %% ../nbs/11_backbone.ipynb #1c57b0b2
 def hub_reachable(
     timeout:float=5., # seconds
 ) -> bool:
@@ -226,12 +228,12 @@ def hub_reachable(
     except OSError: return False
     return True
 
-# %% ../nbs/11_backbone.ipynb #10cbc01e
+# %% ../nbs/11_backbone.ipynb #437c4409
 def _blank_vit(name):
     "The architecture `name` on the meta device (no memory, no download), checked."
     try:
         with torch.device('meta'): return check_vit(timm.create_model(name, pretrained=False, num_classes=0), name)
-    except RuntimeError as e: raise UserError(f"backbone '{name}': {e}; 'sage_nano' or a name from timm.list_models('vit_*') works") from e
+    except (OSError, RuntimeError) as e: raise UserError(f"backbone '{name}': {str(e).splitlines()[0] if str(e) else type(e).__name__}; 'sage_nano', which needs no network, or a name from timm.list_models('vit_*') works") from e
 
 def _load_strictly(vit, state, source):
     "`load_state_dict` with one sentence for a mismatch."
@@ -246,11 +248,10 @@ def explain_mismatch(
     source='the checkpoint', # for the message
 ):
     "UserError listing the keys that are missing, left over or of another shape."
-    def some(keys): return ', '.join(sorted(keys)[:8]) + (f' … ({len(keys)} in all)' if len(keys) > 8 else '')
     parts = {'missing': set(want) - set(got), 'left over': set(got) - set(want), 'of another shape': {k for k in set(want) & set(got) if tuple(want[k]) != tuple(got[k])}}
-    if any(parts.values()): raise UserError(f'{source} does not fit the model: ' + '; '.join(f'{what}: {some(keys)}' for what, keys in parts.items() if keys))
+    if any(parts.values()): raise UserError(f'{source} does not fit the model: ' + '; '.join(f'{what}: {", ".join(sorted(keys))}' for what, keys in parts.items() if keys))
 
-# %% ../nbs/11_backbone.ipynb #80882cb6
+# %% ../nbs/11_backbone.ipynb #7add8e96
 def _timm_vit(name, pretrained):
     "A timm model with weights from the cache, the network or the file `pretrained`."
     blank = _blank_vit(name)
@@ -269,7 +270,7 @@ def _timm_vit(name, pretrained):
     vit.pretrained_cfg.pop('state_dict', None)
     return vit
 
-# %% ../nbs/11_backbone.ipynb #2d9a43b7
+# %% ../nbs/11_backbone.ipynb #89a36db5
 def make_vit(
     name:str, # 'sage_nano' or a timm name
     pretrained:bool|str|Path=True, # True: packaged, cached or downloaded weights; a path: that file; False: random
@@ -284,7 +285,7 @@ def make_vit(
     state = packaged_nano() if pretrained is True else read_tensors(pretrained)
     return _load_strictly(vit, state, 'the packaged sage_nano' if pretrained is True else pretrained)
 
-# %% ../nbs/11_backbone.ipynb #a5d19281
+# %% ../nbs/11_backbone.ipynb #452a74b7
 def fingerprint(
     backbone:Backbone,
 ) -> str:

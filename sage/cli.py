@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'train_parser', 'tables_for', 'base_settings', 'sage_train', 'summary', 'recall_table', 'published_lines',
            'eval_parser', 'sage_eval', 'measure', 'show_audit', 'demo_table', 'sage_demo', 'sage_ablate', 'main']
 
-# %% ../nbs/70_cli.ipynb #3c8b722f
+# %% ../nbs/70_cli.ipynb #06e841c0
 import argparse, sys, time
 from collections import Counter
 from pathlib import Path
@@ -16,15 +16,20 @@ import pandas as pd
 from .core import UserError, atomic, data_root, peak_memory, pick_device, pick_precision
 from .formats import FORMATS
 from .run import Run
+from .stream import parse_memory
 from .protocols import SOURCE, Protocol
 from .benchmark import audit, audit_table, evaluate, plot_audit, raw_baselines
 from .settings import Settings, make_model
 from .train import fit
 from .ablation import METHODS, POOLINGS, ablate, as_markdown, cells
 from .sources import DEV, WORLD, by_radius, evaluation_sets, training_tables, validation_tables, world
-from .command import Parser, add_settings, command, count, eval_side, free_folder, metres, model_of, new_run, said, settings_from, size, write_csv
+from .cli_export import sage_export, sage_pca
+from .cli_data import sage_data
+from .cli_report import sage_report
+from .cli_photos import sage_describe, sage_where
+from .command import Parser, add_settings, can_hold, command, count, eval_side, free_folder, metres, model_of, new_run, said, settings_from, size, write_csv
 
-# %% ../nbs/70_cli.ipynb #b66b9d9d
+# %% ../nbs/70_cli.ipynb #0aa75de0
 def train_parser():
     "Arguments of `sage_train`."
     p = Parser('sage_train', description='Train SAGE on geotagged images; everything is written to a run folder that --resume goes on with.')
@@ -64,7 +69,7 @@ def sage_train(argv):
     print(recall_table(run).to_string(index=False))
     print(f'run folder: {run.path}')
 
-# %% ../nbs/70_cli.ipynb #86ac5163
+# %% ../nbs/70_cli.ipynb #8a4cd172
 def summary(
     df:pd.DataFrame, # places table
 )->str:
@@ -81,7 +86,7 @@ def recall_table(
     wide.columns = [f'{table} R@{k}' for table, k in wide.columns]
     return wide.reset_index()
 
-# %% ../nbs/70_cli.ipynb #fe6b4210
+# %% ../nbs/70_cli.ipynb #f275a77c
 def published_lines(
     protocol:Protocol, # with or without published figures
 )->list: # sentences
@@ -89,7 +94,7 @@ def published_lines(
     head = 'published (' + SOURCE + ')' if protocol.published else ''
     return [head] * bool(head) + [f'  {label:<22} ' + '  '.join(f'R@{k} {v:5.1f}' for k, v in zip((1, 5, 10), row)) for label, row in protocol.published.items()]
 
-# %% ../nbs/70_cli.ipynb #7428518d
+# %% ../nbs/70_cli.ipynb #6e94baf7
 def eval_parser():
     "Arguments of `sage_eval`."
     p = Parser('sage_eval', description='Recall of a checkpoint on benchmarks or folders, with the protocol it was measured by.')
@@ -102,6 +107,8 @@ def eval_parser():
     p.add_argument('--radius', type=metres, default=25., metavar='METRES', help='a positive lies within so many metres, where they do')
     p.add_argument('--size', type=size, metavar='SIDE|HxW', help="image size; default the checkpoint's evaluation size, else 322")
     p.add_argument('--batch-size', type=count, metavar='N', help='images at a time; with --head the published one for the set unless given')
+    p.add_argument('--memory', type=parse_memory, metavar='2GB', help='search the database in pieces within so much memory')
+    p.add_argument('--search-costs', action='store_true', help='also what float16 and IVF-PQ save and cost')
     p.add_argument('--head', action='store_true', help='run InteractHead across the images of a batch: descriptors then depend on batch and order')
     p.add_argument('--order', choices=('sorted', 'shuffled'), default='sorted', help='order in which images are batched')
     p.add_argument('--seed', type=int, default=0, help='of the shuffle')
@@ -120,6 +127,7 @@ def sage_eval(argv):
     "Measure a checkpoint."
     args = eval_parser().parse_args(argv)
     names = [n for part in args.benchmark for n in part.split(',')]
+    if args.out: can_hold(args.out)
     sets = evaluation_sets(args.data, names, data_root(args.data_root), args.frames, args.radius, args.scan)
     model, name, trained = model_of(args)
     device = pick_device(args.device)
@@ -134,14 +142,14 @@ def sage_eval(argv):
         if args.audit: show_audit(model, protocol, e, how, args.out)
     if args.out: write_csv(pd.DataFrame(rows), Path(args.out)/'results.csv')
 
-# %% ../nbs/70_cli.ipynb #d834aef6
+# %% ../nbs/70_cli.ipynb #4468a2bd
 def measure(model, name, protocol, e, args, precision, how): # results of one set
     "Raw backbone if asked for, then the model."
     parts = (e.database, e.queries, e.positives)
     raw = raw_baselines(model, *parts, name=protocol.title, positive=protocol.positive, batch_size=args.batch_size or 32, **how) if args.baselines else []
     batch = args.batch_size or (protocol.batch if args.head else 32)
     return [*raw, evaluate(model, *parts, batch_size=batch, head=args.head, order=args.order, seed=args.seed, name=protocol.title, positive=protocol.positive, label=name,
-                           notes=e.notes, precision=precision, **how)]
+                           notes=e.notes, precision=precision, memory=args.memory, costs=args.search_costs, **how)]
 
 def show_audit(model, protocol, e, how, out):
     "Measure, print, and where asked write the cross-image audit."
@@ -151,7 +159,7 @@ def show_audit(model, protocol, e, how, out):
         write_csv(measured, Path(out)/f'audit_{protocol.name}.csv')
         with atomic(Path(out)/f'audit_{protocol.name}.png') as part: plot_audit(measured, protocol.title).savefig(part)
 
-# %% ../nbs/70_cli.ipynb #cf4dda9b
+# %% ../nbs/70_cli.ipynb #eb9f327c
 def demo_table(
     baselines:dict, # set → results of the raw backbone
     run:Run, # finished
@@ -182,7 +190,7 @@ def sage_demo(argv):
     print(f'{time.perf_counter() - start:.0f} s of training and measuring, peak memory {peak_memory() / 1e9:.1f} GB')
     print(f'run folder: {run.path}')
 
-# %% ../nbs/70_cli.ipynb #a4fe61c9
+# %% ../nbs/70_cli.ipynb #8433de8f
 @command
 def sage_ablate(argv):
     "The paper's Table 5 on the world or on your data."
@@ -205,8 +213,8 @@ def sage_ablate(argv):
     print(as_markdown(rows))
     print(f'written: {args.out}/results.csv, {args.out}/table.md')
 
-# %% ../nbs/70_cli.ipynb #a92cdf7d
-COMMANDS = {f.__name__.removeprefix('sage_'): f for f in (sage_demo, sage_train, sage_eval, sage_ablate)}
+# %% ../nbs/70_cli.ipynb #a4bb44ec
+COMMANDS = {f.__name__.removeprefix('sage_'): f for f in (sage_demo, sage_train, sage_eval, sage_ablate, sage_pca, sage_export, sage_where, sage_describe, sage_data, sage_report)}
 
 def main(
     argv=None, # command and its arguments; None: the command line

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['COUNTS', 'seed_scores', 'greedy', 'greedy_clique', 'Ground', 'ground', 'random_float', 'take_cliques']
 
-# %% ../nbs/21_clique.ipynb #4c7b9af3
+# %% ../nbs/21_clique.ipynb #4d7a5b2f
 from typing import NamedTuple
 
 import numpy as np
 
-from .bits import bit_count, grown, jit, list_cliques, lowest_bit, set_bit
+from .bits import bit_count, grow, grown, jit, lowest_bit, set_bit
 from .core import UserError
 from .graph import GeoSide, geo_cliques
 
-# %% ../nbs/21_clique.ipynb #51c2b3af
+# %% ../nbs/21_clique.ipynb #76114cbc
 @jit
 def _scores(W):
     N = len(W)
@@ -40,7 +40,7 @@ def seed_scores(
     "S(i) = Σ_{j≠i} W_ij/(N−1) (METHOD §5). Raises `UserError` for weights that are not square."
     return _scores(_weights(weights))
 
-# %% ../nbs/21_clique.ipynb #51abd80f
+# %% ../nbs/21_clique.ipynb #f77e0f7f
 @jit
 def greedy(
     W, # float64 [N, N], no NaN, no +inf; the diagonal is not looked at
@@ -67,7 +67,7 @@ def greedy_clique(
     if int(k) != k or not 1 <= k <= len(W): raise UserError(f'cannot take {k} of {len(W)} nodes; k must be 1 to {len(W)}')
     return greedy(W, int(k))
 
-# %% ../nbs/21_clique.ipynb #e8e6f1d1
+# %% ../nbs/21_clique.ipynb #cb56c592
 @jit
 def _adjacency(nodes, local, indptr, indices):
     "Who is joined to whom among `nodes`, as bits [n, W]; `local` numbers them and is -1 elsewhere."
@@ -93,6 +93,15 @@ def _is_maximal(members, adjacent, alive):
     return False
 
 @jit
+def _strike(sets, gone):
+    "Strike the members of `gone` from every set; which sets changed."
+    changed = np.zeros(len(sets), np.bool_)
+    for c in range(len(sets)):
+        for w in range(len(gone)):
+            if sets[c, w] & gone[w]: changed[c] = True; sets[c, w] &= ~gone[w]
+    return changed
+
+@jit
 def _same(a, b):
     for w in range(len(a)):
         if a[w] != b[w]: return False
@@ -116,65 +125,56 @@ def _settle(sets, changed, adjacent, alive, k):
         left += 1
     return left, sizes[:left]
 
-# %% ../nbs/21_clique.ipynb #1e678035
+# %% ../nbs/21_clique.ipynb #b6115f96
 class Ground(NamedTuple):
-    "What `GeoSide` knows, as arrays for compiled code: four kinds of compressed sparse rows."
+    "What `GeoSide` knows, as arrays for compiled code: two kinds of compressed sparse rows."
     near_ptr: np.ndarray     # image -> images within the radius
     near: np.ndarray
     place_ptr: np.ndarray    # place -> images
     place_rows: np.ndarray
-    clique_ptr: np.ndarray   # image -> numbers of its cliques
-    cliques: np.ndarray
-    crowded: np.ndarray      # bool [N]
-    n_cliques: int
 
 def ground(
     geo:GeoSide, # the geography of N images
 ) -> Ground:
     "The arrays a draw needs."
-    return Ground(geo.neighbors.indptr, geo.neighbors.indices, geo.place_rows.indptr, geo.place_rows.indices,
-                  geo.memberships.indptr, geo.memberships.indices, geo.crowded, len(geo.cliques.indptr) - 1)
+    return Ground(geo.neighbors.indptr, geo.neighbors.indices, geo.place_rows.indptr, geo.place_rows.indices)
 
 @jit
-def _restricted(nodes, ground, seen, k):
-    "What is left among `nodes` of the city's cliques, as sets of at least `k` [m, W]. `seen` is all -1 before and after."
-    total, m, kept = 0, 0, 0
-    for v in nodes: total += ground.clique_ptr[v+1] - ground.clique_ptr[v]
-    number, size = np.empty(total, np.int32), np.zeros(total, np.int32)
-    for v in nodes:
-        for e in range(ground.clique_ptr[v], ground.clique_ptr[v+1]):
-            c = ground.cliques[e]
-            if seen[c] < 0: seen[c], number[m] = m, c; m += 1
-            size[seen[c]] += 1
-    for i in range(m):
-        if size[i] >= k: seen[number[i]], kept = kept, kept + 1
-        else: seen[number[i]] = -1
-    sets = np.zeros((kept, (len(nodes) + 63)//64), np.uint64)
-    for j, v in enumerate(nodes):
-        for e in range(ground.clique_ptr[v], ground.clique_ptr[v+1]):
-            if seen[ground.cliques[e]] >= 0: set_bit(sets[seen[ground.cliques[e]]], j)
-    for i in range(m): seen[number[i]] = -1
-    return sets
-
-@jit
-def _searched(adjacent, k, limit):
-    "Maximal cliques of at least `k` nodes by search, about `limit` in all, evenly from each lowest member."
+def _search(adjacent, k, limit, partial):
+    "Maximal cliques of at least `k` nodes as (size, members, size, members, …), and whether these are all. Beyond `limit` with one lowest member, or 100 · `limit` numbers, it stops; unless `partial`, which goes on with the next."
     n, W = adjacent.shape
-    indptr, indices, used = np.zeros(n + 1, np.int64), np.empty(n*n, np.int32), 0
+    flat, used, complete, everybody, after, before = np.empty(1024, np.int32), 0, True, np.arange(n, dtype=np.int32), np.empty(W, np.uint64), np.empty(W, np.uint64)
     for v in range(n):
-        for u in range(n):
-            if adjacent[v, u >> 6] >> np.uint64(u & 63) & np.uint64(1): indices[used] = u; used += 1
-        indptr[v+1] = used
-    flat, _ = list_cliques(indptr, indices[:used], k, 1 + limit//n, True, 0)
+        later = 0
+        for w in range(W):
+            behind = ~np.uint64(0) if w < v >> 6 else np.uint64(0) if w > v >> 6 else (np.uint64(1) << np.uint64(v & 63)) - np.uint64(1)
+            before[w], after[w] = adjacent[v, w] & behind, adjacent[v, w] & ~behind
+            later += bit_count(after[w])
+        if later + 1 < k: continue
+        if not adjacent[v].any():                                            # alone
+            while used + 2 > len(flat): flat = grown(flat)
+            flat[used], flat[used+1] = 1, v; used += 2
+            continue
+        flat, used, whole = grow(v, everybody, adjacent, after, before, k, limit, flat, used)
+        complete &= whole and (partial or used <= 100*limit)
+        if not (complete or partial): break
+    return flat[:used], complete
+
+@jit
+def _listed(adjacent, k, limit):
+    "The maximal cliques of at least `k` nodes as sets [m, W], and whether there were too many: then about `limit` of them, evenly from each lowest member."
+    n, W = adjacent.shape
+    flat, complete = _search(adjacent, k, limit, False)
+    if not complete: flat, _ = _search(adjacent, k, 1 + limit//n, True)
     m = at = 0
     while at < len(flat): m, at = m + 1, at + 1 + flat[at]
     sets, at = np.zeros((m, W), np.uint64), 0
     for c in range(m):
         for t in range(flat[at]): set_bit(sets[c], flat[at+1+t])
         at += 1 + flat[at]
-    return sets
+    return sets, not complete
 
-# %% ../nbs/21_clique.ipynb #5c5ea96d
+# %% ../nbs/21_clique.ipynb #329b5903
 @jit
 def random_float(
     state, # uint64 [1], stepped
@@ -186,7 +186,7 @@ def random_float(
     z = (z ^ (z >> np.uint64(27)))*np.uint64(0x94D049BB133111EB)
     return np.float64((z ^ (z >> np.uint64(31))) >> np.uint64(11))/2.**53
 
-# %% ../nbs/21_clique.ipynb #fdef3289
+# %% ../nbs/21_clique.ipynb #d4920524
 COUNTS = ('draws', 'cliques', 'relaxed', 'crowded', 'near', 'few', 'full')    # what `take_cliques` counts; the last three are images
 
 @jit
@@ -210,35 +210,26 @@ def _choose(sizes, min_size, state):
     return 0
 
 @jit
-def _strike(sets, gone):
-    "Strike the members of `gone` from every set; which sets changed."
-    changed = np.zeros(len(sets), np.bool_)
-    for c in range(len(sets)):
-        for w in range(len(gone)):
-            if sets[c, w] & gone[w]: changed[c] = True; sets[c, w] &= ~gone[w]
-    return changed
-
-@jit
 def _candidates(draw, ground, taken, stamp):
-    "The images of the drawn places that are not yet taken, how many are, and whether one is crowded."
-    n, total, crowded = 0, 0, False
+    "The images of the drawn places that are not yet taken, and how many are."
+    n, total = 0, 0
     for p in draw: total += ground.place_ptr[p+1] - ground.place_ptr[p]
     nodes = np.empty(total, np.int32)
     for p in draw:
         for e in range(ground.place_ptr[p], ground.place_ptr[p+1]):
             v = ground.place_rows[e]
-            if taken[v] != stamp: nodes[n] = v; n += 1; crowded |= ground.crowded[v]
-    return nodes[:n], total - n, crowded
+            if taken[v] != stamp: nodes[n] = v; n += 1
+    return nodes[:n], total - n
 
-# %% ../nbs/21_clique.ipynb #94feb142
+# %% ../nbs/21_clique.ipynb #0885ab53
 @jit
-def _one_draw(nodes, crowded, ground, local, seen, taken, stamp, ptr, rows, slots, end, k, min_size, limit, state, counts):
-    "Take cliques from among `nodes` until there are `end` slots or none is left. Returns (rows, slots)."
+def _one_draw(nodes, ground, local, taken, stamp, ptr, rows, slots, end, k, min_size, limit, state, counts):
+    "Take cliques from among `nodes` until there are `end` slots or none is left. Returns (rows, slots, whether the list of cliques was cut short)."
     for i, v in enumerate(nodes): local[v] = i
     adjacent = _adjacency(nodes, local, ground.near_ptr, ground.near)
     for v in nodes: local[v] = -1
-    sets = _searched(adjacent, k, limit) if crowded else _restricted(nodes, ground, seen, k)
-    alive, changed = np.zeros(adjacent.shape[1], np.uint64), np.ones(len(sets), np.bool_)
+    sets, crowded = _listed(adjacent, k, limit)
+    alive, changed = np.zeros(adjacent.shape[1], np.uint64), np.zeros(len(sets), np.bool_)
     for i in range(len(nodes)): set_bit(alive, i)
     while slots < end:
         left, sizes = _settle(sets, changed, adjacent, alive, k)
@@ -261,26 +252,25 @@ def _one_draw(nodes, crowded, ground, local, seen, taken, stamp, ptr, rows, slot
         _remove(rows[a:a+n], ground, taken, stamp)
         for w in range(len(gone)): alive[w] &= ~gone[w]
         changed = _strike(sets, gone)
-    return rows, slots
+    return rows, slots, crowded
 
 @jit
-def take_cliques(ground, local, seen, taken, stamp, draws, cursor, ptr, rows, slots, places, each, k, min_size, limit, patience, state, counts):
+def take_cliques(ground, local, taken, stamp, draws, cursor, ptr, rows, slots, places, each, k, min_size, limit, patience, state, counts):
     """Take cliques from `draws` [M, places of a draw; -1 for none], from number `cursor` on, until the batch has `places` slots, the draws end, or `patience` draws in a row gave nothing (counts[7]).
     Slot s is rows[ptr[s]:ptr[s+1]], in rising order. At most `each` from one draw. Returns (cursor, rows, slots)."""
     while slots < places and cursor < len(draws) and counts[7] < patience:
         draw, before = draws[cursor][draws[cursor] >= 0], slots
         cursor += 1
         counts[0] += 1
-        nodes, gone, crowded = _candidates(draw, ground, taken, stamp)
-        counts[4] += gone; counts[3] += crowded
-        again, end = len(nodes) >= k, min(places, slots + each)
+        nodes, gone = _candidates(draw, ground, taken, stamp)
+        counts[4] += gone
+        again, end, first = len(nodes) >= k, min(places, slots + each), True
         while again:
-            start = slots
-            rows, slots = _one_draw(nodes, crowded, ground, local, seen, taken, stamp, ptr, rows, slots, end, k, min_size, limit, state, counts)
-            size = len(nodes)
-            nodes, _, _ = _candidates(draw, ground, taken, stamp)
-            counts[4] += size - len(nodes) - (ptr[slots] - ptr[start])
-            again = crowded and start < slots < end and len(nodes) >= k          # a search that was cut short may have left some
+            start, size = slots, len(nodes)
+            rows, slots, crowded = _one_draw(nodes, ground, local, taken, stamp, ptr, rows, slots, end, k, min_size, limit, state, counts)
+            nodes, _ = _candidates(draw, ground, taken, stamp)
+            counts[3] += crowded and first; counts[4] += size - len(nodes) - (ptr[slots] - ptr[start])
+            again, first = crowded and start < slots < end and len(nodes) >= k, False      # a list that was cut short may have left some
         counts[6 if slots == end else 5] += len(nodes)
         counts[7] = 0 if slots > before else counts[7] + 1
     return cursor, rows, slots

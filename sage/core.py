@@ -6,22 +6,21 @@
 __all__ = ['UserError', 'MissingPath', 'existing', 'seed_of', 'stream', 'torch_stream', 'pick_device', 'pick_precision',
            'cache_dir', 'data_root', 'atomic', 'peak_memory']
 
-# %% ../nbs/00_core.ipynb #0deb9b1a
+# %% ../nbs/00_core.ipynb #0a95bd4f
 import hashlib, os, shutil, sys, uuid
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
 
-# %% ../nbs/00_core.ipynb #bd0ba7b9
+# %% ../nbs/00_core.ipynb #9ec64628
 class UserError(ValueError):
     "Input that cannot be used: one sentence naming the file, row or value, and the remedy. Commands exit with code 2."
 
 class MissingPath(UserError, FileNotFoundError):
     "A file or folder that is not there."
 
-# %% ../nbs/00_core.ipynb #10afefc2
+# %% ../nbs/00_core.ipynb #efa9c982
 def existing(
     path,               # file or folder
     kind='folder',      # 'folder' or 'file'
@@ -29,11 +28,13 @@ def existing(
 ) -> Path:
     "`path` as an absolute `Path`. Raises `MissingPath` where nothing is there, `UserError` where it is of the other kind."
     path = Path(path).expanduser().absolute()
-    if not path.exists(): raise MissingPath(f'{path}: no such {kind}; {remedy}')
+    try: there = path.exists()
+    except OSError as e: raise UserError(f'{path}: {e.strerror}; {remedy}') from None # for instance a name that is too long
+    if not there: raise MissingPath(f'{path}: no such {kind}; {remedy}')
     if path.is_dir() != (kind == 'folder'): raise UserError(f'{path} is not a {kind}; {remedy}')
     return path
 
-# %% ../nbs/00_core.ipynb #a42065d3
+# %% ../nbs/00_core.ipynb #98b8cbb5
 def _digest(seed, names):
     "32 bytes for a seed and a path of names; each part is preceded by its length, so ('ab', 'c') and ('a', 'bc') differ."
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
@@ -41,7 +42,7 @@ def _digest(seed, names):
     parts = [str(p).encode() for p in (seed, *names)]
     return hashlib.sha256(b''.join(b'%d:%s' % (len(p), p) for p in parts)).digest()
 
-# %% ../nbs/00_core.ipynb #4a02f13e
+# %% ../nbs/00_core.ipynb #389ed62e
 def seed_of(
     seed:int, # the experiment's seed, 0 or more
     *names,   # what the numbers are for, e.g. 'batches', 3
@@ -59,33 +60,37 @@ def stream(
 def torch_stream(
     seed:int, # the experiment's seed, 0 or more
     *names,   # what the numbers are for, e.g. 'dropout', 3
-) -> torch.Generator:
+) -> 'torch.Generator':
     "A torch generator (on the CPU) of its own for (`seed`, `names`), the same in every process."
+    import torch
     return torch.Generator().manual_seed(seed_of(seed, *names))
 
-# %% ../nbs/00_core.ipynb #63b68db4
+# %% ../nbs/00_core.ipynb #38669d6c
 def _has_device(device):
     "Whether torch can compute on `device` here."
+    import torch
     if device.type == 'cuda': return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
     if device.type == 'mps': return torch.backends.mps.is_available()
     return device.type == 'cpu' and not device.index
 
 def pick_device(
     name='auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps' or a torch.device
-) -> torch.device:
+) -> 'torch.device':
     "The device to compute on. Raises `UserError` for one that is unknown or not available here."
+    import torch
     if str(name) == 'auto': name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try: device = torch.device(name)
     except (RuntimeError, TypeError): raise UserError(f"device {name!r} is unknown; use auto, cpu, cuda, cuda:1 or mps") from None
     if not _has_device(device): raise UserError(f"device '{device}' is not available on this machine; use auto or cpu")
     return device
 
-# %% ../nbs/00_core.ipynb #aa0b8bf9
+# %% ../nbs/00_core.ipynb #c237aea8
 def pick_precision(
     name='auto',  # 'auto', '32', 'bf16', '16' or Lightning's '32-true', 'bf16-mixed', '16-mixed'
     device='cpu', # the device it is for
 ) -> str:
     "Lightning's precision string for `device`. Raises `UserError` for an unknown name, or for 16-mixed outside CUDA."
+    import torch
     device, known = torch.device(device), {'32': '32-true', 'bf16': 'bf16-mixed', '16': '16-mixed'}
     if str(name) == 'auto':
         if device.type != 'cuda': return '32-true'
@@ -95,7 +100,7 @@ def pick_precision(
     if full == '16-mixed' and device.type != 'cuda': raise UserError(f"precision 16 needs a CUDA device, not '{device}'; use bf16 or 32")
     return full
 
-# %% ../nbs/00_core.ipynb #fe0b245c
+# %% ../nbs/00_core.ipynb #054337ac
 def cache_dir(
     *parts, # folders below it
 ) -> Path:
@@ -108,7 +113,7 @@ def data_root(
     "Folder of data sets: `path`, else $SAGE_DATA, else `cache_dir('data')`. It is not created."
     return Path(path or os.environ.get('SAGE_DATA') or cache_dir('data')).expanduser().absolute()
 
-# %% ../nbs/00_core.ipynb #287ac9a1
+# %% ../nbs/00_core.ipynb #99478342
 def _remove(path):
     "Remove a file or a folder, if it is there."
     if path.is_dir(): shutil.rmtree(path)
@@ -139,7 +144,7 @@ def atomic(
         finally: os.close(handle)
     finally: _remove(temporary)
 
-# %% ../nbs/00_core.ipynb #3d4303c9
+# %% ../nbs/00_core.ipynb #f0d118fb
 def peak_memory() -> float: # bytes
     "The largest resident memory this process has had so far, in bytes."
     status = Path('/proc/self/status')

@@ -6,7 +6,7 @@
 __all__ = ['GSV_COLUMNS', 'MSLS_CITIES', 'UTM_FIELDS', 'FORMATS', 'gsv_names', 'read_gsv', 'msls_split', 'read_msls',
            'utm_fields', 'utm_name', 'read_utm', 'write_gsv', 'write_msls', 'write_utm', 'detect_format', 'read_places']
 
-# %% ../nbs/04_formats.ipynb #7ef82697
+# %% ../nbs/04_formats.ipynb #57dc838c
 import os, re, shutil, unicodedata, warnings
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from .geo import band_zone, check_latlon, to_latlon, to_utm
 from .photos import IMAGE_SUFFIXES, check_unique, find_photo_csv, list_images, locate_images, numbers, read_csv, read_photos, whole_numbers
 from .places import SPLITS, check_table, fill_table, make_places
 
-# %% ../nbs/04_formats.ipynb #4499d82a
+# %% ../nbs/04_formats.ipynb #090b6641
 GSV_COLUMNS = ('place_id', 'year', 'month', 'northdeg', 'city_id', 'lat', 'lon', 'panoid')
 
 def gsv_names(
@@ -28,7 +28,7 @@ def gsv_names(
     "Names of GSV-Cities' images, rebuilt from the rows of its csv."
     return [f'{c}_{p:07d}_{y:04d}_{m:02d}_{b:03d}_{lat}_{lon}_{pano}' for p, y, m, b, c, lat, lon, pano in zip(*(df[c] for c in GSV_COLUMNS))]
 
-# %% ../nbs/04_formats.ipynb #8e9e39ed
+# %% ../nbs/04_formats.ipynb #086147d5
 def _folder_name(name, source):
     "`name`, if it can be the name of a folder. Raises `UserError`."
     if not name or name.startswith('.') or re.search(r'[/\\:\0]', name): raise UserError(f'{source}: {name!r} cannot be the name of a city; use letters and digits')
@@ -49,7 +49,7 @@ def _read_gsv_city(root, path):
     date = [f'{y:04d}-{m:02d}' if y else '' for y, m in zip(df.year, df.month)]
     return fill_table(image=image, city=df.city_id, place=df.place_id, easting=easting, northing=northing, zone=zone, heading=df.northdeg % 360., time=date)
 
-# %% ../nbs/04_formats.ipynb #b686716d
+# %% ../nbs/04_formats.ipynb #6062c45d
 def _choose(found, cities, where):
     "The chosen entries of `found`, a dict by name. Raises `MissingPath` for an unknown one."
     cities = [cities] if isinstance(cities, str) else list(found) if cities is None else list(cities)
@@ -70,7 +70,7 @@ def read_gsv(
     parts = [_read_gsv_city(folder.parent, path) for path in _choose(found, cities, folder).values()]
     return check_table(pd.concat(parts, ignore_index=True), folder)
 
-# %% ../nbs/04_formats.ipynb #a60cd599
+# %% ../nbs/04_formats.ipynb #46261a4e
 MSLS_CITIES = {
     'train': 'trondheim london boston melbourne amsterdam helsinki tokyo toronto saopaulo moscow zurich paris bangkok budapest austin berlin ottawa phoenix goa amman nairobi manila'.split(),
     'val': ['cph', 'sf'],
@@ -92,7 +92,7 @@ def _spellings(name):
     words = re.findall(r'[a-z0-9]+', unicodedata.normalize('NFKD', name.replace('ø', 'o').replace('Ø', 'o')).encode('ascii', 'ignore').decode().lower())
     return {_OTHER_NAMES.get(w, w) for w in [*words, ''.join(words)]}
 
-# %% ../nbs/04_formats.ipynb #f60ea2e7
+# %% ../nbs/04_formats.ipynb #7cb7c911
 def _msls_cities(folder, split, cities):
     "The city folders to read for a split. Raises `UserError` for one that MSLS holds out for another split, `MissingPath` for one that is not there."
     found = _visible(p for p in folder.iterdir() if p.is_dir())
@@ -104,7 +104,7 @@ def _msls_cities(folder, split, cities):
     if not chosen: raise UserError(f"{folder} holds no city for the split '{split}' (MSLS: {', '.join(MSLS_CITIES[split])}); found: {', '.join(found) or 'none'}")
     return chosen
 
-# %% ../nbs/04_formats.ipynb #bb277ef5
+# %% ../nbs/04_formats.ipynb #720b69a4
 def _flags(df, column, path):
     "A text column as booleans; blank is False."
     text = df[column].str.strip().str.lower()
@@ -129,19 +129,46 @@ def _in_subtask(side, keys):
     if len(df) != len(keys): raise UserError(f'{path} has {len(df):,} rows where seq_info.csv has {len(keys):,}; is the download complete?')
     return _flags(df, 'all', path)
 
-# %% ../nbs/04_formats.ipynb #c13a9afe
+# %% ../nbs/04_formats.ipynb #5ae44e52
 def _zone_of(lat, lon, easting, northing):
-    "The UTM zone in which (lat, lon) lie at (easting, northing) to 100 m, judged by the median of a hundred rows; '' where there is none."
+    "The UTM zone in which (lat, lon) lie at (easting, northing) to 100 m, for at least 30 of a hundred rows; '' where there is none."
     rows = np.flatnonzero(np.isfinite(lat) & np.isfinite(lon))
     rows = rows[::max(1, len(rows)//100)]
     if not len(rows): return ''
     number = int(to_utm(lat[rows], lon[rows])[2][:-1])
     for zone in (f'{(n - 1) % 60 + 1}{half}' for n in (number, number - 1, number + 1) for half in 'NS'):
         e, n, _ = to_utm(lat[rows], lon[rows], zone)
-        if np.median(np.hypot(e - easting[rows], n - northing[rows])) < 100: return zone
+        if np.mean(np.hypot(e - easting[rows], n - northing[rows]) < 100) >= .3: return zone
     return ''
 
-# %% ../nbs/04_formats.ipynb #b12a04da
+def _in_one_zone(lat, lon, easting, northing):
+    "(easting, northing, zone) of rows of which some were measured in the zone next door: all in the zone of most."
+    zone = _zone_of(lat, lon, easting, northing)
+    if not zone: return easting, northing, zone
+    easting, northing = easting.copy(), northing.copy()
+    where = lambda rows, z: np.stack(to_utm(lat[rows], lon[rows], z)[:2])
+    off = np.flatnonzero(np.isfinite(lat) & np.isfinite(lon))
+    for other in (zone, *(f'{(int(zone[:-1]) - 1 + step) % 60 + 1}{zone[-1]}' for step in (-1, 1))):
+        here = np.hypot(*(where(off, other) - np.stack((easting, northing))[:, off])) < 100
+        if other != zone: easting[off[here]], northing[off[here]] = to_utm(*to_latlon(easting[off[here]], northing[off[here]], other), zone)[:2]
+        off = off[~here]
+    return easting, northing, zone
+
+def _join_zones(df):
+    "A city whose images name several UTM zones, measured in that of most. Images beyond 9° of its middle become a city of their own."
+    for city, rows in df.groupby('city').indices.items():
+        zones, counts = np.unique([z for z in df.zone.to_numpy()[rows] if z], return_counts=True)
+        if len(zones) < 2: continue
+        common = str(zones[counts.argmax()])
+        for zone in set(zones) - {common}:
+            here = rows[df.zone.to_numpy()[rows] == zone]
+            lat, lon = to_latlon(*df[['easting', 'northing']].to_numpy(float)[here].T, zone)
+            near = np.abs((lon - (6*int(common[:-1]) - 183) + 180) % 360 - 180).max() <= 9
+            if near: df.loc[here, 'easting'], df.loc[here, 'northing'], df.loc[here, 'zone'] = to_utm(lat, lon, common)
+            else: df.loc[here, 'city'] = f'{city} {zone}'
+    return df
+
+# %% ../nbs/04_formats.ipynb #25e48765
 def _read_msls_side(folder, role, split, queries):
     "One side of a city: its csv files joined by key, without panoramas, for queries of val and test only the subtask's if so asked."
     side = existing(folder/_SIDES[role], remedy='each city of MSLS holds database/ and query/')
@@ -163,12 +190,12 @@ def _msls_labels(side, keys, keep):
     lat, lon = (numbers(raw, c, path, needed=False) for c in ('lat', 'lon'))
     check_latlon(np.nan_to_num(lat), np.nan_to_num(lon), path)
     raw, post, lat, lon = raw[keep], post[keep], lat[keep], lon[keep]
-    easting, northing = (numbers(post, c, path2) for c in ('easting', 'northing'))
+    easting, northing, zone = _in_one_zone(lat, lon, *(numbers(post, c, path2) for c in ('easting', 'northing')))
     return keep, dict(
-        place=whole_numbers(post, 'unique_cluster', path2), easting=easting, northing=northing, zone=_zone_of(lat, lon, easting, northing), time=raw['captured_at'].to_numpy(),
+        place=whole_numbers(post, 'unique_cluster', path2), easting=easting, northing=northing, zone=zone, time=raw['captured_at'].to_numpy(),
         heading=numbers(raw, 'ca', path, needed=False) % 360, condition=np.where(_flags(post, 'night', path2), 'night', 'day'))
 
-# %% ../nbs/04_formats.ipynb #2f273c0b
+# %% ../nbs/04_formats.ipynb #17ae66fb
 def read_msls(
     root:str|Path,     # the folder that holds train_val/ (and test/)
     split='train',     # 'train', 'val' or 'test'
@@ -180,14 +207,14 @@ def read_msls(
         if value not in known: raise UserError(f'MSLS knows no {value!r}; use {" or ".join(known)}')
     folder = existing(existing(root)/('test' if split == 'test' else 'train_val'), remedy='MSLS holds train_val/<city>/{database,query}/')
     parts = [_read_msls_side(path, role, split, queries) for path in _msls_cities(folder, split, cities).values() for role in _SIDES]
-    df = pd.concat(parts, ignore_index=True)
+    df = _join_zones(pd.concat(parts, ignore_index=True))
     df.attrs['queries'] = 'all' if split == 'train' else queries
     if split != 'test': return check_table(df, folder)
     df.attrs['coordinates'] = 'absent'
     warnings.warn(f'{folder} comes without coordinates and places: its images can be described, but nothing measured on them')
     return df
 
-# %% ../nbs/04_formats.ipynb #2f1839ce
+# %% ../nbs/04_formats.ipynb #aa6b2db4
 UTM_FIELDS = tuple('easting northing zone letter lat lon pano_id tile heading pitch roll height timestamp note'.split())
 
 def utm_fields(
@@ -211,7 +238,7 @@ def _band(number, letter):
     try: return band_zone(number, letter)
     except UserError: return ''
 
-# %% ../nbs/04_formats.ipynb #aedf14dd
+# %% ../nbs/04_formats.ipynb #a589e8fc
 def utm_name(
     easting:float,      # metres
     northing:float,     # metres
@@ -234,7 +261,7 @@ def _letter(lat, zone):
     band = int(np.clip((lat + 80)//8, *((10, 19) if zone[-1] == 'N' else (0, 9))))
     return 'CDEFGHJKLMNPQRSTUVWX'[band]
 
-# %% ../nbs/04_formats.ipynb #17e037be
+# %% ../nbs/04_formats.ipynb #eeb98141
 def _utm_sets(root):
     "(city, split, folder) of each folder below `root`, or `root` itself, that holds database/ or queries/."
     has = lambda p: (p/'database').is_dir() or (p/'queries').is_dir()
@@ -249,7 +276,7 @@ def _utm_cities(root):
     "`_utm_sets` of a folder, or of each folder in it."
     return _utm_sets(root) or [s for p in _visible(p for p in root.iterdir() if p.is_dir()).values() for s in _utm_sets(p)]
 
-# %% ../nbs/04_formats.ipynb #fd8703fb
+# %% ../nbs/04_formats.ipynb #3616f542
 def _read_utm_side(city, split, folder, role):
     "Table of one folder, and what its names say about places."
     paths = list_images(folder) if folder.is_dir() else []
@@ -277,9 +304,9 @@ def read_utm(
     chosen = [s for s in sets if split in (None, s[1])]
     if not chosen: raise MissingPath(f'{root} has no split {split!r}; it has {", ".join(sorted({s[1] for s in sets}))}')
     tables, tiles = zip(*(_read_utm_side(*s[:2], s[2]/name, role) for s in chosen for name, role in (('database', 'database'), ('queries', 'query'))))
-    return check_table(_utm_places(pd.concat(tables, ignore_index=True), sum(tiles, [])), root)
+    return check_table(_utm_places(_join_zones(pd.concat(tables, ignore_index=True)), sum(tiles, [])), root)
 
-# %% ../nbs/04_formats.ipynb #8cfdf9c6
+# %% ../nbs/04_formats.ipynb #256f43cd
 def _new_folder(df, root, suffixes):
     "The empty folder to write `df` into. Raises `UserError` for a folder in use, an image that is absent or of another kind, or a city that cannot name a folder."
     check_table(df)
@@ -309,7 +336,7 @@ def _latlon(df):
         if zone: lat[rows], lon[rows] = to_latlon(df.easting.to_numpy()[rows], df.northing.to_numpy()[rows], zone)
     return lat, lon
 
-# %% ../nbs/04_formats.ipynb #9016c266
+# %% ../nbs/04_formats.ipynb #2a77dcf5
 def _gsv_frame(df, city):
     "A city's csv. Raises `UserError` for a row that GSV-Cities cannot hold."
     lat, lon = _latlon(df)
@@ -333,7 +360,7 @@ def write_gsv(
         with atomic(root/'Dataframes'/f'{city}.csv') as file: frame.to_csv(file, index=False)
     return root
 
-# %% ../nbs/04_formats.ipynb #66e48b74
+# %% ../nbs/04_formats.ipynb #81a0d6a1
 _SUBTASKS = ('all', 's2w', 'w2s', 'o2n', 'n2o', 'd2n', 'n2d')
 
 def _msls_frames(df, keys):
@@ -362,7 +389,7 @@ def write_msls(
                 for name, frame in _msls_frames(part[here], keys[here]).items(): frame.to_csv(folder/side/f'{name}.csv')
     return root
 
-# %% ../nbs/04_formats.ipynb #2830a9f4
+# %% ../nbs/04_formats.ipynb #8841dad3
 def _utm_names(df):
     "A file name for each row, suffix included."
     lat, lon = _latlon(df)
@@ -386,7 +413,7 @@ def write_utm(
                     _lay(part.image[here], [folder/split/side/name for name in names[here]])
     return root
 
-# %% ../nbs/04_formats.ipynb #08737644
+# %% ../nbs/04_formats.ipynb #7e7e6091
 FORMATS = ('gsv', 'msls', 'utm', 'photos')
 
 def detect_format(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'image_names', 'list_images', 'locate_images', 'read_csv', 'numbers', 'whole_numbers',
-           'check_unique', 'image_errors', 'open_image', 'photo_label', 'find_photo_csv', 'read_photos']
+           'check_unique', 'image_errors', 'open_image', 'photo_label', 'inside', 'find_photo_csv', 'read_photos']
 
-# %% ../nbs/03_photos.ipynb #aa403741
+# %% ../nbs/03_photos.ipynb #5af460f8
 import os, re, struct, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,10 +18,10 @@ import pandas as pd
 from PIL import Image
 
 from .core import MissingPath, UserError, existing
-from .geo import check_latlon, to_utm, utm_zone
+from .geo import check_latlon, to_latlon, to_utm, utm_zone
 from .places import check_table, fill_table, make_places
 
-# %% ../nbs/03_photos.ipynb #7202cffd
+# %% ../nbs/03_photos.ipynb #cbbfc90a
 IMAGE_SUFFIXES = frozenset('.jpg .jpeg .png .webp .bmp .gif .tif .tiff .heic .heif'.split())
 
 def _is_image(name): return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith('.')
@@ -43,7 +43,7 @@ def list_images(
         found += [f'{path}/{name}' for name in names if _is_image(name)]
     return sorted(found)
 
-# %% ../nbs/03_photos.ipynb #90ec8e74
+# %% ../nbs/03_photos.ipynb #93d21a59
 def locate_images(
     folder:Path, # holds the images
     stems,       # their names without suffix
@@ -55,7 +55,7 @@ def locate_images(
     if absent: raise MissingPath(f'{source}: {len(absent):,} of the {len(stems):,} images it names are not in {folder}, e.g. {", ".join(absent[:3])}; is the download complete?')
     return [f'{folder}/{names[s]}' for s in stems]
 
-# %% ../nbs/03_photos.ipynb #5198b3f1
+# %% ../nbs/03_photos.ipynb #838e9230
 def read_csv(
     path:Path,       # the file
     *columns,        # names it must have; 'a|b' asks for a or b and calls it a
@@ -72,7 +72,7 @@ def read_csv(
         if first not in df: raise UserError(f"{path} has no column {' or '.join(map(repr, [first, *others]))}; expected are {wanted}")
     return df
 
-# %% ../nbs/03_photos.ipynb #c72afc36
+# %% ../nbs/03_photos.ipynb #786f46db
 def numbers(
     df:pd.DataFrame, # of `read_csv`
     column:str,      # its name
@@ -106,7 +106,7 @@ def check_unique(
     twice = pd.Series(keys, dtype=object).duplicated().to_numpy()
     if twice.any(): raise UserError(f'{path}: {what} {keys[twice.argmax()]!r} occurs twice, the second time in row {int(twice.argmax())}; remove one')
 
-# %% ../nbs/03_photos.ipynb #80acf9bb
+# %% ../nbs/03_photos.ipynb #a0a10707
 _BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, RuntimeError, struct.error,
            Image.DecompressionBombError, Image.DecompressionBombWarning) # what Pillow and pillow-heif raise on damaged files
 
@@ -138,7 +138,7 @@ def open_image(
     if not os.path.getsize(path): raise UserError(f'{path}: the file is empty')
     with image_errors(path): return Image.open(path)
 
-# %% ../nbs/03_photos.ipynb #60fdc8e0
+# %% ../nbs/03_photos.ipynb #2bf8806f
 def _degrees(values, half):
     "Degrees from (degrees, minutes, seconds) and a hemisphere; NaN where they make no angle."
     half = half.decode('ascii', 'ignore') if isinstance(half, bytes) else str(half or '')
@@ -163,7 +163,7 @@ def _iso(text):
     found = re.match(r'(\d{4}):(\d\d):(\d\d) (\d\d:\d\d:\d\d)', text)
     return '{}-{}-{}T{}'.format(*found.groups()) if found else ''
 
-# %% ../nbs/03_photos.ipynb #ffd197c3
+# %% ../nbs/03_photos.ipynb #917ed419
 def _metres(lat, lon, name):
     "Columns easting, northing, zone and city for positions that may lie anywhere."
     easting, northing, zone = to_utm(lat, lon)
@@ -173,14 +173,14 @@ def _metres(lat, lon, name):
     for z in np.unique(zones): easting[zones == z], northing[zones == z], _ = to_utm(lat[zones == z], lon[zones == z], z)
     return dict(easting=easting, northing=northing, zone=zones, city=[f'{name} {z}' for z in zones])
 
-def _read_exif(root):
+def _read_exif(root, known):
     "Table of all photographs below `root` that have a position, and a list of (path, reason) of those that have none."
     paths = list_images(root)
     if not paths: raise UserError(f'{root} holds no images (names ending in {", ".join(sorted(IMAGE_SUFFIXES))}); check the path')
     _heif()
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter('ignore') # Pillow warns of damaged EXIF; here it becomes a reason, or does no harm
-        labels = list(pool.map(_label_or_reason, paths))
+        labels = list(pool.map(lambda p: known[p] if p in known else _label_or_reason(p), paths))
     good = [i for i, label in enumerate(labels) if isinstance(label, dict)]
     left_out = [(p, label) for p, label in zip(paths, labels) if isinstance(label, str)]
     if not good: raise UserError(f'{root}: none of the {len(paths):,} images can be placed ({left_out[0][1]}); give a csv with the columns path, lat, lon')
@@ -191,9 +191,13 @@ def _label_or_reason(path):
     try: return photo_label(path)
     except UserError as e: return str(e)
 
-# %% ../nbs/03_photos.ipynb #b9ec14db
-def _inside(root, names, csv):
-    "Absolute paths of `names` below `root`, links followed. Raises `UserError` for one that leads out, `MissingPath` for absent ones."
+# %% ../nbs/03_photos.ipynb #deb57f6a
+def inside(
+    root:Path, # folder
+    names,     # paths relative to it
+    csv,       # the file that names them, for the message
+) -> list:     # absolute paths as text
+    "Paths of `names` below `root`, links followed. Raises `UserError` for one that leads out, `MissingPath` for absent ones."
     real, top = cache(os.path.realpath), os.path.realpath(root)
     paths = []
     for name in names:
@@ -213,21 +217,29 @@ def _csv_places(df, csv):
     if blank.any(): raise UserError(f'{csv}: row {int(blank.argmax())} has no place; fill it in, or remove the column to make places from positions')
     return text.astype('int64') if text.str.fullmatch(r'-?\d{1,18}').all() else pd.factorize(text, sort=True)[0]
 
+def _zones(df, csv):
+    "The column `zone`, blank where there is none. Raises `UserError` for what is no zone."
+    zone = df['zone'].str.strip().str.upper() if 'zone' in df else pd.Series('', index=df.index)
+    for z in set(zone) - {''}:
+        try: to_latlon(5e5, 0., z)
+        except UserError as e: raise UserError(f'{csv}: {e}') from None
+    return zone
+
 def _read_photo_csv(root, csv):
     "Table of the photographs that a csv names."
     df = read_csv(csv, 'path')
     if not len(df): raise UserError(f'{csv} has no rows; expected one for each photograph')
-    image = _inside(root, df['path'].str.strip().tolist(), csv)
+    image = inside(root, df['path'].str.strip().tolist(), csv)
     check_unique(image, 'image', csv)
     degrees, metres = {'lat', 'lon'} <= {*df}, {'easting', 'northing'} <= {*df}
     if not degrees and not metres: raise UserError(f"{csv} has neither the columns 'lat' and 'lon' nor 'easting' and 'northing'; one of the two pairs is needed")
     first, second = (numbers(df, c, csv) for c in (('lat', 'lon') if degrees else ('easting', 'northing')))
     if degrees: check_latlon(first, second, csv)
-    where = _metres(first, second, root.name) if degrees else dict(easting=first, northing=second, zone=df.get('zone', ''), city=root.name)
+    where = _metres(first, second, root.name) if degrees else dict(easting=first, northing=second, zone=_zones(df, csv), city=root.name)
     more = {c: df[c].str.strip() if c == 'time' else numbers(df, c, csv, needed=False) % 360 for c in ('heading', 'time') if c in df}
     return fill_table(image=image, place=_csv_places(df, csv) if 'place' in df else 0, **where, **more), 'place' in df
 
-# %% ../nbs/03_photos.ipynb #ce9f25d4
+# %% ../nbs/03_photos.ipynb #e256bf5c
 def find_photo_csv(
     root:Path, # folder of photographs
 ): # its path, or None
@@ -242,14 +254,15 @@ def read_photos(
     csv=None,      # csv with path and lat, lon (or easting, northing); None: the one in `root` with a column path, else EXIF
     method='grid', # how places are made, see `make_places`
     size=25.,      # metres
+    known={},      # path → its `photo_label`, or the reason why it has none: files that need not be opened again
 ) -> pd.DataFrame: # attrs['left_out']: list of (path, reason)
     "Photographs with GPS in EXIF, or with a csv, as a table of places. One without a position is left out and listed. Raises `UserError` where none is left."
-    root, left_out, known = existing(root), [], False
+    root, left_out, placed = existing(root), [], False
     csv = existing(csv, 'file') if csv else find_photo_csv(root)
-    if csv: df, known = _read_photo_csv(root, csv)
-    else: df, left_out = _read_exif(root)
+    if csv: df, placed = _read_photo_csv(root, csv)
+    else: df, left_out = _read_exif(root, known)
     check_table(df, csv or root)
     for _, rows in df.groupby('city').indices.items():
-        if not known: df.loc[rows, 'place'] = make_places(df.easting[rows], df.northing[rows], method, size)
+        if not placed: df.loc[rows, 'place'] = make_places(df.easting[rows], df.northing[rows], method, size)
     df.attrs['left_out'] = left_out
     return df

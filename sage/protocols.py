@@ -7,7 +7,7 @@ __all__ = ['SOURCE', 'PROTOCOLS', 'Protocol', 'get_protocol', 'protocol_table', 
            'read_positives', 'folder_table', 'read_mat', 'count_note', 'EvalSet', 'load_benchmark', 'folder_protocol',
            'keep_rows']
 
-# %% ../nbs/41_protocols.ipynb #d4c60a6c
+# %% ../nbs/41_protocols.ipynb #15c244d5
 import json, re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +20,11 @@ from scipy.io.matlab import MatReadError
 
 from .core import MissingPath, UserError, existing
 from .places import make_table
-from .photos import IMAGE_SUFFIXES, list_images
+from .photos import IMAGE_SUFFIXES, list_images, read_csv
 from .formats import read_msls, utm_fields
 from .retrieval import positives_within
 
-# %% ../nbs/41_protocols.ipynb #2cd5b843
+# %% ../nbs/41_protocols.ipynb #8c519189
 @dataclass(frozen=True)
 class Protocol:
     "How one benchmark is laid out and judged."
@@ -51,7 +51,7 @@ class Protocol:
         n = int(self.within)
         return {'radius': f'within {self.within:g} m', 'frames': f'within ±{n} frame{"s" * (n > 1)}', 'pair': 'same pair'}[self.rule]
 
-# %% ../nbs/41_protocols.ipynb #12051383
+# %% ../nbs/41_protocols.ipynb #4f9c8464
 SOURCE = "the authors' README, github.com/chenshunpeng/SAGE, 322 x 322"
 _LABELS = ('ViT-L + head', 'ViT-B', 'ViT-L')
 
@@ -74,7 +74,7 @@ def _gardens(database, queries):
     return Protocol(f'gardenspoint_{database}_{queries}', f'GardensPoint {database}/{queries}', ('gardenspoint', 'GardensPoint', 'gardens_point'),
                     'frames', 2, 200, 200, parts=((database, queries),), family=f'gardenspoint_{database}_{queries}')
 
-# %% ../nbs/41_protocols.ipynb #d6b670ab
+# %% ../nbs/41_protocols.ipynb #dffbf8b3
 _LIST = (
     Protocol('pitts30k', 'Pitts30k-test', ('pitts30k', 'Pittsburgh'), database=10_000, queries=6_816, family='pitts30k', layouts=('folders', 'mat'),
              published=_published((95.8, 97.8, 98.4), (93.4, 97.0, 97.9), (94.7, 97.7, 98.4))),
@@ -108,7 +108,7 @@ _LIST = (
 )
 PROTOCOLS = {p.name: p for p in _LIST}
 
-# %% ../nbs/41_protocols.ipynb #87600d79
+# %% ../nbs/41_protocols.ipynb #f3f5c138
 _ALIASES = {'nordland*': 'nordland_subset', 'nordland**': 'nordland', 'msls': 'msls_val', 'pitts30k_test': 'pitts30k', 'pitts250k_test': 'pitts250k', 'tokyo24/7': 'tokyo247'}
 
 def get_protocol(
@@ -126,7 +126,7 @@ def protocol_table(
     return pd.DataFrame([dict(benchmark=p.name, title=p.title, positive=p.positive, database=p.database or '', queries=p.queries or '', batch=p.batch,
                               **{label: p.published[label][0] if label in p.published else '' for label in _LABELS}) for p in PROTOCOLS.values()])
 
-# %% ../nbs/41_protocols.ipynb #aa76c498
+# %% ../nbs/41_protocols.ipynb #2bd99911
 def _natural(name:str)->list: # sort key in which 'img9' comes before 'img10'
     return [(1, int(part), '') if part.isdigit() else (0, 0, part) for part in re.split(r'(\d+)', name)]
 
@@ -144,7 +144,7 @@ def frame_numbers(
     q = [rank.get(name, -1) for name in queries] if by_name else [order[name] * step for name in queries]
     return np.array([rank[name] for name in database], dtype=np.int64), np.array(q, dtype=np.int64)
 
-# %% ../nbs/41_protocols.ipynb #a156b247
+# %% ../nbs/41_protocols.ipynb #3dd3db1f
 def frame_positives(
     queries:np.ndarray, # frame number of each query [Q]; negative: none
     database:np.ndarray, # frame number of each database image [N]
@@ -156,19 +156,22 @@ def frame_positives(
     high = np.searchsorted(database[order], queries + within, 'right')
     return [np.sort(order[a:b]) if q >= 0 else order[:0] for q, a, b in zip(queries, low, high)]
 
-# %% ../nbs/41_protocols.ipynb #376ada31
+# %% ../nbs/41_protocols.ipynb #82c31cec
+def _json_pairs(path):
+    "(query, reference) pairs of a json file."
+    try: found = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as e: raise UserError(f'{path} is not json: {e}') from None
+    if not isinstance(found, dict) or not all(isinstance(rs, list) for rs in found.values()): raise UserError(f'{path} holds something else than {{"query.jpg": ["reference.jpg", …]}}')
+    return [(q, r) for q, rs in found.items() for r in map(str, rs)]
+
 def read_positives(
     path:Path, # csv with columns query, reference; or json {query: [references]}; file names
     database:list, # file names of the database
     queries:list, # file names of the queries
 )->list: # for each query the sorted rows of its references
     "Ground truth from a plain file; `UserError` names a missing column or an unknown image."
-    if path.suffix == '.json': pairs = [(q, r) for q, rs in json.loads(path.read_text()).items() for r in rs]
-    else:
-        df = pd.read_csv(path, dtype=str)
-        missing = {'query', 'reference'} - set(df.columns)
-        if missing: raise UserError(f"{path} has no column '{sorted(missing)[0]}'; it needs 'query' and 'reference'")
-        pairs = list(zip(df['query'], df['reference']))
+    if path.suffix == '.json': pairs = _json_pairs(path)
+    else: df = read_csv(path, 'query', 'reference'); pairs = list(zip(df['query'], df['reference']))
     d, q = ({name: i for i, name in enumerate(names)} for names in (database, queries))
     rows = [set() for _ in queries]
     for a, b in pairs:
@@ -176,7 +179,7 @@ def read_positives(
         rows[q[a]].add(d[b])
     return [np.array(sorted(r), dtype=np.int64) for r in rows]
 
-# %% ../nbs/41_protocols.ipynb #157af4f2
+# %% ../nbs/41_protocols.ipynb #a6cb0770
 def folder_table(
     folder:Path, # images below it, in any depth
     role:str, # 'database' | 'query'
@@ -190,7 +193,7 @@ def folder_table(
     more = {k: [f[k] for f in fields] for k in ('easting', 'northing', 'zone', 'heading', 'time')} if coordinates else dict(easting=0., northing=0.)
     return make_table(image=paths, city=city, place=np.arange(len(paths)), role=role, split='test', **more)
 
-# %% ../nbs/41_protocols.ipynb #3b7106f1
+# %% ../nbs/41_protocols.ipynb #f2ff86bb
 def _base(root, protocol):
     "The folders of database and queries below `root`, or None."
     for base in (root/'images'/protocol.split, root/protocol.split, root):
@@ -210,7 +213,7 @@ def _read_folders(root, protocol, notes):
         positives = frame_positives(asked, frames, int(protocol.within))
     return d, q, positives
 
-# %% ../nbs/41_protocols.ipynb #95d68c97
+# %% ../nbs/41_protocols.ipynb #51ca72aa
 def read_mat(
     path:Path, # e.g. datasets/pitts30k_test.mat
     root:Path, # folder of the database images; queries in root/queries_real where that exists
@@ -225,12 +228,14 @@ def read_mat(
                  (('dbImage', 'utmDb', root, 'database'), ('qImage', 'utmQ', real if real.is_dir() else root, 'query')))
 
 def _mat_side(path, names, utm, folder, role):
-    names, utm = np.atleast_1d(names), np.asarray(utm, dtype=float).reshape(2, -1)
+    names, utm = np.atleast_1d(names), np.atleast_2d(np.asarray(utm))
+    if utm.dtype.kind not in 'fiu' or utm.ndim != 2 or 2 not in utm.shape: raise UserError(f'{path} holds {role} coordinates of shape {list(utm.shape)}; expected easting and northing in metres, [2, {len(names)}]')
+    utm = utm.astype(float) if len(utm) == 2 else utm.T.astype(float)
     if len(names) != utm.shape[1]: raise UserError(f'{path} names {len(names):,} {role} images but holds {utm.shape[1]:,} coordinates')
     return make_table(image=[str((folder/str(n)).absolute()) for n in names], city='pittsburgh', place=np.arange(len(names)), easting=utm[0], northing=utm[1],
                       zone='17N', role=role, split='test')
 
-# %% ../nbs/41_protocols.ipynb #ffa7c81d
+# %% ../nbs/41_protocols.ipynb #e478feff
 def _read_mat(root, protocol, notes):
     stem = f'{protocol.family}_{protocol.split}.mat'
     path = next((p for p in (root/'datasets'/stem, root/stem) if p.exists()), None)
@@ -239,7 +244,7 @@ def _read_mat(root, protocol, notes):
     d, q = read_mat(path, root)
     return d, q, positives_within(q, d, protocol.within)
 
-# %% ../nbs/41_protocols.ipynb #89fa17de
+# %% ../nbs/41_protocols.ipynb #32497100
 def _read_msls(root, protocol, notes):
     if not (root/'train_val').is_dir(): return None
     df = read_msls(root, split='val', queries='subtask' if protocol.subtask else 'all')
@@ -251,7 +256,7 @@ def _read_msls(root, protocol, notes):
         q, positives = q.iloc[keep].reset_index(drop=True), [positives[i] for i in keep]
     return d, q, positives
 
-# %% ../nbs/41_protocols.ipynb #3cde4b82
+# %% ../nbs/41_protocols.ipynb #4ecddeba
 def _fits(protocol, database, queries):
     return ((protocol.database in (None, database)) and (protocol.queries is None or abs(queries - protocol.queries) <= protocol.slack * protocol.queries))
 
@@ -268,7 +273,7 @@ def count_note(
     tail = f'these are the counts of {known[0]}' if known else 'no known variant has these counts'
     return f'warning: {protocol.title} has {want} database / query images, here are {database:,} / {queries:,}: {tail}'
 
-# %% ../nbs/41_protocols.ipynb #5627d11e
+# %% ../nbs/41_protocols.ipynb #ffbbd098
 class EvalSet(NamedTuple):
     "What a recall is measured on."
     database:pd.DataFrame # places table of the map
@@ -284,7 +289,7 @@ def _expected(protocol):
     ways = {'folders': f'images/{protocol.split}/{a} and images/{protocol.split}/{b}', 'mat': f'datasets/{protocol.family}_{protocol.split}.mat', 'msls': 'train_val/<city>'}
     return ', or '.join(ways[l] for l in protocol.layouts)
 
-# %% ../nbs/41_protocols.ipynb #9381f9fb
+# %% ../nbs/41_protocols.ipynb #d98ecc43
 def load_benchmark(
     protocol:str|Protocol, # a registry name or a rule of your own
     data_root:Path, # folder that holds the sets, or the set's own folder
@@ -300,7 +305,7 @@ def load_benchmark(
             return EvalSet(*found, [n for n in notes if n])
     raise MissingPath(f'{p.title} was not found in {root}: expected {" or ".join(p.folders) or "a folder"} with {_expected(p)}')
 
-# %% ../nbs/41_protocols.ipynb #29c026fc
+# %% ../nbs/41_protocols.ipynb #7ec9b6aa
 def folder_protocol(
     path:Path, # an evaluation set on disk
     frames:int|None = None, # tolerance where names carry no coordinates; None: the registry's for this folder name, else 2
@@ -317,7 +322,7 @@ def folder_protocol(
     n = 2 if frames is None else frames
     return Protocol(path.name, path.name, rule='frames', within=n, split=split, parts=p.parts)
 
-# %% ../nbs/41_protocols.ipynb #c0beac1b
+# %% ../nbs/41_protocols.ipynb #bb54cb17
 def keep_rows(
     eval_set:EvalSet, # as loaded
     database:np.ndarray, # rows of the database to keep

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['check_descriptors', 'chunks', 'candidates', 'rerank', 'norms', 'search', 'search_piece', 'zones_touch', 'move',
-           'positives_within', 'Recall', 'first_hits', 'recall_from_ranks', 'recall_at_k', 'fit_pca', 'apply_pca']
+           'positives_within', 'Recall', 'first_hits', 'recall_from_ranks', 'recall_at_k', 'pca_solver', 'fit_pca',
+           'apply_pca']
 
-# %% ../nbs/31_retrieval.ipynb #7cf85ab9
+# %% ../nbs/31_retrieval.ipynb #cfdbc1bf
 import faiss
 import numpy as np, pandas as pd
-from .core import UserError
+from sklearn.decomposition import PCA
+from .core import UserError, seed_of
 from .geo import radius_neighbors, to_latlon, to_utm
 
-# %% ../nbs/31_retrieval.ipynb #9ce27446
+# %% ../nbs/31_retrieval.ipynb #a5f509ef
 def check_descriptors(
     x,            # descriptors [N, D], any float type, array or memory-map
     name:str,     # what they are, for the message
@@ -36,8 +38,9 @@ def chunks(
         if not np.isfinite(sums).all():
             raise UserError(f'{name} row {start + int(np.flatnonzero(~np.isfinite(sums))[0])}: the descriptor is NaN or infinite; embed that image again')
         yield start, piece
+        del piece                                            # before the next is made: one at a time in memory
 
-# %% ../nbs/31_retrieval.ipynb #2f7e1dbe
+# %% ../nbs/31_retrieval.ipynb #bbb86728
 def candidates(
     queries:np.ndarray,   # [Q, D] float32
     database:np.ndarray,  # [N, D], any float type
@@ -65,7 +68,7 @@ def rerank(
     order = np.lexsort((indices, d), axis=1)
     return np.take_along_axis(d, order, 1), np.take_along_axis(indices, order, 1)
 
-# %% ../nbs/31_retrieval.ipynb #8c7dc1f4
+# %% ../nbs/31_retrieval.ipynb #5e4eb8e3
 def norms(
     x:np.ndarray,  # [N, D]
     name:str,      # for messages
@@ -107,7 +110,7 @@ def search_piece(
         todo, want = todo[~sure] if want < len(database) else todo[:0], 4 * want
     return distances, indices
 
-# %% ../nbs/31_retrieval.ipynb #7759d344
+# %% ../nbs/31_retrieval.ipynb #f73e2006
 def zones_touch(
     a:str, # zone, e.g. '33N'; '' is unknown
     b:str, # zone
@@ -126,7 +129,7 @@ def move(
     lat, lon = to_latlon(xy[:, 0], xy[:, 1], source)
     return np.stack(to_utm(lat, lon, zone=target)[:2], 1)
 
-# %% ../nbs/31_retrieval.ipynb #b62c3eb9
+# %% ../nbs/31_retrieval.ipynb #58d60271
 def positives_within(
     queries:pd.DataFrame,  # table with easting, northing, zone, city
     database:pd.DataFrame, # table of the same columns
@@ -145,7 +148,7 @@ def positives_within(
             for j, row in enumerate(rows): found[row].append(cols[n.row(j)])
     return [np.sort(np.concatenate(f)) for f in found]
 
-# %% ../nbs/31_retrieval.ipynb #7a378740
+# %% ../nbs/31_retrieval.ipynb #f3e9b9fe
 class Recall(dict):
     "Percent of answered queries by K, with `.queries` (all), `.without_positive` (left out of the percentages)."
     def __init__(self, values:dict, queries:int, without_positive:int):
@@ -189,27 +192,39 @@ def recall_at_k(
     ks = np.atleast_1d(ks)
     return recall_from_ranks(search(queries, database, max(int(max(ks, default=1)), 1))[1], positives, ks)
 
-# %% ../nbs/31_retrieval.ipynb #9e04cec0
+# %% ../nbs/31_retrieval.ipynb #e40d4b6a
+def pca_solver(
+    n:int,   # images
+    d:int,   # numbers in a descriptor
+    dim:int, # components wanted
+) -> str:    # scikit-learn's name
+    "The quickest way to fit: 'randomized' for few components, else exact."
+    if 4 * dim <= min(n, d) and min(n, d) > 500: return 'randomized'
+    return 'covariance_eigh' if n > d else 'full'
+
 def fit_pca(
     descriptors, # [N, D] to learn from
     dim:int,     # dimensions to keep, at most min(N, D)
-) -> dict:       # 'mean' [D], 'components' [dim, D], 'variance' [dim], float32
-    "Principal components of descriptors. Raises UserError when `dim` is more than N or D."
+    seed:int=0,  # of the randomised solver
+) -> dict:       # 'mean' [D], 'components' [dim, D], 'variance' [dim], float32; 'samples', 'explained' (share of the variance), 'solver'
+    "Principal components of descriptors (scikit-learn's PCA). Raises UserError when `dim` is more than N or D."
     x = check_descriptors(descriptors, 'descriptors')
-    if not 1 <= dim <= min(x.shape): raise UserError(f'PCA to {dim} dimensions needs at least {dim} images and dimensions; here are {x.shape[0]} and {x.shape[1]}')
-    x = np.vstack([piece for _, piece in chunks(x, 'descriptors')])
-    mean = x.mean(0, dtype=np.float64).astype(np.float32)
-    _, s, vt = np.linalg.svd(x - mean, full_matrices=False)
-    sign = np.sign(vt[np.arange(dim), np.abs(vt[:dim]).argmax(1)])       # the largest entry of a component is positive, on every machine
-    return dict(mean=mean, components=vt[:dim] * sign[:, None], variance=np.square(s[:dim]) / max(len(x) - 1, 1))
+    if not 1 <= dim <= min(x.shape) or len(x) < 2: raise UserError(f'PCA to {dim} dimensions needs at least {max(dim, 2)} images and {dim} dimensions; here are {x.shape[0]} images of {x.shape[1]} numbers')
+    x, solver = np.vstack([piece for _, piece in chunks(x, 'descriptors')]), pca_solver(*x.shape, dim)
+    with np.errstate(invalid='ignore'): fit = PCA(dim, svd_solver=solver, random_state=seed_of(seed, 'pca') % 2**32).fit(x)
+    if not np.isfinite(fit.explained_variance_ratio_).all(): raise UserError(f'all {len(x)} descriptors are equal: there is no direction to keep; give images of different places')
+    found = dict(mean=fit.mean_, components=fit.components_, variance=fit.explained_variance_)
+    return {k: v.astype(np.float32) for k, v in found.items()} | dict(samples=len(x), explained=float(fit.explained_variance_ratio_.sum()), solver=solver)
 
 def apply_pca(
     pca:dict,            # from `fit_pca`
     descriptors,         # [N, D]
     normalize:bool=False, # L2-normalise the result
+    whiten:bool=False,   # divide each component by its spread
 ) -> np.ndarray:         # [N, dim] float32
     "Descriptors in fewer dimensions."
     x = check_descriptors(descriptors, 'descriptors')
     if x.shape[1] != len(pca['mean']): raise UserError(f'PCA learned on {len(pca["mean"])} numbers, descriptors have {x.shape[1]}; fit it with the same model')
     y = np.vstack([(piece - pca['mean']) @ pca['components'].T for _, piece in chunks(x, 'descriptors')])
+    if whiten: y = y / np.sqrt(pca['variance'])
     return y / np.linalg.norm(y, axis=1, keepdims=True).clip(1e-12) if normalize else y

@@ -7,7 +7,7 @@ __all__ = ['ONLINE', 'FIRST', 'FREE', 'KNOWN', 'save_checkpoint', 'load_weights'
            'Stopped', 'EpochGraph', 'samplers', 'attention_of', 'flat', 'epoch_line', 'parts_of', 'config_of',
            'open_run', 'quiet_lightning', 'stop_on_signals', 'make_trainer', 'plain_error', 'fit']
 
-# %% ../nbs/43_train.ipynb #a7c6e0ca
+# %% ../nbs/43_train.ipynb #cc9a67d7
 import hashlib, logging, re, signal, threading, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,12 +22,13 @@ from .images import check_size, eval_transform, train_transform
 from .model import SAGE, load_all, read_header, save_sage
 from .graph import GeoSide, epoch_graph
 from .batches import CliqueBatches
-from .run import Run, checkpoint_paths, plain, write_json
+from .retrieval import recall_from_ranks, search
+from .run import Run, answers_of, checkpoint_paths, plain, write_json
 from .feed import Sources, Steps, Validation, Views, bar, cache_bytes, embed, one_image_each, prefix_cache
 from .settings import Settings, make_model, precision_of
 from .learner import SageModule, load_state, save_state
 
-# %% ../nbs/43_train.ipynb #5c0e4649
+# %% ../nbs/43_train.ipynb #87d31ee8
 def save_checkpoint(
     run:Run,
     epoch:int,       # finished epochs
@@ -54,7 +55,7 @@ def load_weights(
     if header['holds'] == 'all': load_all(model, state, path)
     else: model.load_trainable(state, path)
 
-# %% ../nbs/43_train.ipynb #e1b719d4
+# %% ../nbs/43_train.ipynb #d980fb03
 class Supply:
     "The tables of a training as the model takes them, checked; the geography; kept tokens."
     def __init__(self,
@@ -69,7 +70,7 @@ class Supply:
         self.tables = check_sources(train_tables, val_tables)
         self.left = settings.cache_gb * 1e9 - sum(t.numel() * t.element_size() for t in self.caches.values())
         precision_of(settings, model)
-        self.geo = GeoSide(self.tables['mined'], radius=settings.radius, min_size=settings.images_per_place)
+        self.geo = GeoSide(self.tables['mined'], settings.radius)
         self.batches = samplers(settings, self.tables, self.geo)
         sizes = [check_size(s, model.patch) for s in (settings.image_size, settings.eval_size)]
         self.plain = Views(self.tables['mined'], eval_transform(sizes[0]), self.tokens('mined', sizes[0]))
@@ -90,7 +91,7 @@ class Supply:
         tokens = self.tokens(name, size) if s.augment == 'none' else None
         return Views(self.tables[name], train_transform(size, s.augment), tokens, seed_of(s.seed, name))
 
-# %% ../nbs/43_train.ipynb #1568447a
+# %% ../nbs/43_train.ipynb #7ee04bb9
 def check_sources(
     train_tables,    # a table, or a dict with 'mined' and, if wanted, 'labelled'
     val_tables:dict, # name → table
@@ -115,7 +116,7 @@ def fingerprint(
     rows = pd.util.hash_pandas_object(pd.DataFrame(dict(name=name, place=df.place, x=df.easting, y=df.northing, role=df.role)), index=False)
     return dict(images=len(df), places=len(place_rows(df)[0]), sha256=hashlib.sha256(rows.to_numpy().tobytes()).hexdigest()[:16])
 
-# %% ../nbs/43_train.ipynb #e2019556
+# %% ../nbs/43_train.ipynb #78ef023b
 ONLINE, FIRST = ('ogc', 'sage', 'diverse'), ('static', 'gws')      # strategies that embed every epoch, or the first time only
 
 class Stopped(Exception):
@@ -153,7 +154,7 @@ class EpochGraph(L.Callback):
         with self.ticker(f'mining {epoch}: embedding', len(rows)) as tick: d = embed(supply.model, supply.plain, rows, tick=tick, **self.how())
         return (picked, d, None) if s.node_features == 'place' else (picked, d[picked], d)
 
-# %% ../nbs/43_train.ipynb #b85ca8ae
+# %% ../nbs/43_train.ipynb #889e4bf7
 def samplers(
     settings:Settings,
     tables:dict,  # 'mined', and 'labelled' if there is one
@@ -184,7 +185,7 @@ def mine(self:EpochGraph, epoch): # draws the coming epoch's batches; returns (f
         self.steps.fill(epoch + 1, [[(x, tick(1))[0] for x in islice(b, s.steps)] for b in self.supply.batches])
     return found, dict(embed_s=embedded - began, draw_s=time.perf_counter() - embedded)
 
-# %% ../nbs/43_train.ipynb #2f0dfb56
+# %% ../nbs/43_train.ipynb #731d9b52
 def attention_of(
     model:SAGE,
     validation:Validation, # its first queries and the first answers to them
@@ -196,35 +197,42 @@ def attention_of(
     rows = [r for i in asked for r in (v.queries[i], v.database[v.positives[i][0]])]
     pictures = Views(pd.DataFrame(dict(image=v.views.paths)), v.views.transform)
     device = next(model.parameters()).device
-    maps = model.describe(torch.stack([pictures[r] for r in rows]).to(device), maps=True)[1]
+    found, maps = model.describe(torch.stack([pictures[r] for r in rows]).to(device), maps=True)
     arrays = {k: t.cpu().numpy().astype(np.float16 if k == 'probes' else np.float32) for k, t in maps._asdict().items() if k != 'grid'}
-    return dict(arrays, grid=np.array(maps.grid), images=np.array([v.views.paths[r] for r in rows]), rows=np.array(rows))
+    return dict(arrays, descriptors=found.cpu().numpy().astype(np.float16), grid=np.array(maps.grid), images=np.array([v.views.paths[r] for r in rows]), rows=np.array(rows))
 
 @patch
-def graph_record(self:EpochGraph, epoch, found): # writes the epoch's folder; returns what the metrics say of the graph
+def graph_record(self:EpochGraph, epoch, found, answers): # writes the epoch's folder; returns what the metrics say of the graph
     s, run = self.settings, self.run
     previous = run.edges(epoch - 1) if epoch - 1 in run.epochs() else None
     graph = epoch_graph(self.supply.geo, found[1], previous, s.similar, found[0], s.tau2)
     cliques = self.supply.batches[0].cliques_table()
-    run.write_epoch(epoch, graph.nodes, graph.edges, cliques, found[1], attention_of(self.supply.model, self.supply.validations[0]))
+    run.write_epoch(epoch, graph.nodes, graph.edges, cliques, found[1], attention_of(self.supply.model, self.supply.validations[0]), answers)
     states = {f'edges_{k}': int((graph.edges.state == k).sum()) for k in ('kept', 'new', 'broken')}
     return states | dict(clique_affinity=cliques[cliques['rank'] > 0].mean_affinity.mean())
+
+@patch
+def measure(self:EpochGraph, validation): # (recall, `Answers`) of the model as it is
+    v = validation
+    with self.ticker(f'recall {v.name}', len(v.views)) as tick: d = embed(self.supply.model, v.views, tick=tick, **self.how())
+    distances, near = search(d[v.queries], d[v.database], 20)
+    return recall_from_ranks(near, v.positives), answers_of(d, v.queries, v.database, v.positives, distances, near) if self.settings.record_graph else None
 
 @patch
 def record(self:EpochGraph, epoch, trained): # everything that is done at a number of finished epochs; `trained`: means over the last one
     found, seconds = self.mine(epoch)
     if epoch in set(self.run.metrics().epoch): return
-    row, began = dict(kind='epoch', epoch=epoch, **trained), time.perf_counter()
+    row, began, answers = dict(kind='epoch', epoch=epoch, **trained), time.perf_counter(), {}
     for v in self.supply.validations:
-        with self.ticker(f'recall {v.name}', len(v.views)) as tick: recall = v.recall(self.supply.model, tick=tick, **self.how())
+        recall, answers[v.name] = self.measure(v)
         row |= {f'{v.name}/recall@{k}': p for k, p in recall.items()}
     measured = time.perf_counter()
-    if self.settings.record_graph: row |= self.graph_record(epoch, found)
+    if self.settings.record_graph: row |= self.graph_record(epoch, found, answers)
     row |= {f'mining_{k}': v for k, v in flat(self.supply.batches[0].record()).items()}
     self.run.log(**row, **seconds, recall_s=measured - began, graph_s=time.perf_counter() - measured)
     if self.progress: print(epoch_line(row, self.settings.epochs, seconds))
 
-# %% ../nbs/43_train.ipynb #83117727
+# %% ../nbs/43_train.ipynb #d65e8316
 def flat(
     d:dict,        # nested
 ) -> dict:         # names joined by '_', numbers only
@@ -242,7 +250,7 @@ def epoch_line(
     loss = [f'loss {row["loss"]:.3f}', f'{row["images_per_s"]:.0f} images/s'] if 'loss' in row else ['untrained']
     return '  '.join([f'epoch {row["epoch"]}/{epochs}', *loss, *recall, f'mining {sum(seconds.values()):.1f} s'])
 
-# %% ../nbs/43_train.ipynb #2596300f
+# %% ../nbs/43_train.ipynb #05ed74ad
 def parts_of(trainer): # (optimiser, schedule)
     return trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
 
@@ -301,7 +309,7 @@ def on_exception(self:EpochGraph, trainer, module, exception):
         rows = dict(zip(('mined', 'labelled'), (b[index] for b in self.steps.batches)))
         write_json(self.run.path/'failed.json', dict(epoch=self.epoch + 1, step=module.step + 1, rows=rows, **module.last))
 
-# %% ../nbs/43_train.ipynb #241afc50
+# %% ../nbs/43_train.ipynb #6c609a4c
 FREE = ('epochs', 'device', 'devices', 'workers', 'log_every')      # settings a resumed run may change
 
 def config_of(
@@ -334,7 +342,7 @@ def open_run(
     if epoch in run.checkpoints(): load_weights(run, epoch, model)
     return run, epoch
 
-# %% ../nbs/43_train.ipynb #c99ff2ef
+# %% ../nbs/43_train.ipynb #36f2cdf0
 KNOWN = ('.*does not have many workers', '.*in eval mode at the start of training', '.*GPU available but not used', '.*number of training batches', '.*LeafSpec')
 
 @contextmanager
@@ -364,7 +372,7 @@ def stop_on_signals(
     finally:
         for name, h in old.items(): signal.signal(name, h)
 
-# %% ../nbs/43_train.ipynb #96f60455
+# %% ../nbs/43_train.ipynb #a47764d3
 def make_trainer(
     settings:Settings,
     device,            # torch device
@@ -384,7 +392,7 @@ def plain_error(
     text = str(error)
     return type(error)(text.strip().splitlines()[-1].split(': ', 1)[-1]) if text.startswith('Caught ') else error
 
-# %% ../nbs/43_train.ipynb #2b19b36d
+# %% ../nbs/43_train.ipynb #8e3ebe1c
 def fit(
     settings:Settings,
     model:SAGE,          # trained in place; `make_model(settings)`

@@ -280,5 +280,5 @@ def test_crowded_squares():
     xy = np.concatenate([12.52*np.stack([np.cos(angle), np.sin(angle)], 1), r.normal((300, 0), 9, (300, 2)), r.uniform((600, 0), (900, 100), (200, 2))])
     df = make_table(image='a', city='x', place=np.arange(560)//20, easting=xy[:, 0], northing=xy[:, 1])
     for strategy in STRATEGIES:
-        for b in take(CliqueBatches(df, np.eye(28), strategy, 2), 20): check(df, b, (2, 4))
-    assert CliqueBatches(df, np.eye(28)).geo.crowded[:60].all()
+        for b in take(sampler := CliqueBatches(df, np.eye(28), strategy, 2), 20): check(df, b, (2, 4))
+        if STRATEGIES[strategy].graph: assert sampler.record()['crowded'] > 0

@@ -74,9 +74,9 @@ def town(seed, n=160, side=160., clumps=True):
 def take(geo, places, end=99, k=4, min_size=10, seed=0, each=99, taken=None):
     N, counts, ptr = len(geo.codes), np.zeros(8, np.int64), np.zeros(end + 1, np.int64)
     taken = np.zeros(N, np.int32) if taken is None else taken
-    local, seen = np.full(N, -1, np.int32), np.full(len(geo.cliques.indptr) - 1, -1, np.int32)
-    _, rows, slots = take_cliques(ground(geo), local, seen, taken, 1, np.array([places], np.int32), 0, ptr, np.zeros(4, np.int32), 0, end, each, k, min_size, 50, 9, np.array([seed], np.uint64), counts)
-    assert (local == -1).all() and (seen == -1).all()                                # scratch is left as it was
+    local = np.full(N, -1, np.int32)
+    _, rows, slots = take_cliques(ground(geo), local, taken, 1, np.array([places], np.int32), 0, ptr, np.zeros(4, np.int32), 0, end, each, k, min_size, 50, 9, np.array([seed], np.uint64), counts)
+    assert (local == -1).all()                                                      # scratch is left as it was
     return [rows[a:b].tolist() for a, b in zip(ptr[:slots], ptr[1:slots+1])], dict(zip(COUNTS, counts.tolist())), taken == 1
 
 def graph_of(geo):

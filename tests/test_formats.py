@@ -543,3 +543,14 @@ def test_bad_folders(tmp_path):
     (tmp_path/'a.txt').touch(); says('is not a folder', read_photos, tmp_path/'a.txt')
     says("format 'tar' is unknown", read_places, tmp_path, 'tar'); says("split 'dev' is unknown", read_places, tmp_path, 'auto', 'dev')
     assert '.heic' in IMAGE_SUFFIXES
+
+
+def test_the_sample_in_data_is_read(root):
+    "One hamlet in three layouts: the training ones hold the same photographs."
+    tables = {name: read_places(root/'data'/name) for name in ('msls', 'gsv', 'utm')}
+    assert {n: len(t) for n, t in tables.items()} == dict(msls=252, gsv=252, utm=112)
+    assert all(Path(p).is_file() for t in tables.values() for p in t.image)
+    near = lambda t: np.sort(t[['easting', 'northing']].round(0).to_numpy(), 0)
+    assert np.abs(near(tables['msls']) - near(tables['gsv'])).max() <= 2
+    assert set(tables['utm'].role) == {'database', 'query'} and (tables['msls'].groupby('place').size() >= 8).all()
+    assert sum(f.stat().st_size for f in (root/'data').rglob('*') if f.is_file()) < 12e6

@@ -91,33 +91,32 @@ def test_neighbors_within_a_city(grid):
         d = np.hypot(g.xy[:, 0] - g.xy[i, 0], g.xy[:, 1] - g.xy[i, 1])
         expected = np.flatnonzero((d < 25) & (df.city == df.city[i]).to_numpy() & (np.arange(len(df)) != i))
         assert g.neighbors.row(i).tolist() == expected.tolist()
-        assert np.allclose(g.neighbors.distances[g.neighbors.indptr[i]:g.neighbors.indptr[i+1]], d[expected], atol=1e-4)
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 60), st.sampled_from([1., 7., 25., 1e-3, 1e6]), st.sampled_from([0., 1., 30., 4e6, 1e15]), st.booleans())
+def test_neighbors_at_any_scale(seed, n, radius, offset, grid):
+    "Positions of any size and sign, many at the same spot or at exactly the radius."
+    r = np.random.default_rng(seed)
+    xy = (r.integers(-6, 7, (n, 2))*radius/5 if grid else r.normal(0, 2*radius, (n, 2))) + offset*r.choice([-1, 0, 1], (n, 2))
+    city = r.integers(0, 3, n)
+    near = city_neighbors(xy, city, radius)
+    for i in range(n):
+        d = np.hypot(*(xy - xy[i]).T)
+        assert near.row(i).tolist() == np.flatnonzero((d < radius) & (city == city[i]) & (np.arange(n) != i)).tolist()
+
+@pytest.mark.parametrize('radius', [0., -1., np.nan, np.inf])
+def test_bad_radius(radius):
+    with pytest.raises(UserError, match='radius'): city_neighbors(np.zeros((2, 2)), np.zeros(2, int), radius)
 
 def test_geo_side():
     df = town(5, n=300, side=250, cities=3)
-    g = GeoSide(df, min_size=4)
-    expected = set()
-    for city in df.city.unique():
-        rows = np.flatnonzero(df.city == city)
-        expected |= {frozenset(rows[list(c)].tolist()) for c in nx.find_cliques(near_graph(g.xy[rows])) if len(c) >= 4}
-    assert {frozenset(g.cliques.row(c).tolist()) for c in range(len(g.cliques.indptr) - 1)} == expected
-    for i in range(len(df)): assert set(g.memberships.row(i).tolist()) == {c for c in range(len(g.cliques.indptr) - 1) if i in g.cliques.row(c)}
+    g = GeoSide(df)
     for p in range(len(g.places)):
         rows = g.place_rows.row(p)
         assert set(zip(df.city[rows], df.place[rows])) == {tuple(g.places.iloc[p])}
         assert g.centers[p] == pytest.approx(g.xy[rows].mean(0))
     for c, name in enumerate(g.cities): assert set(g.places.city[g.city_start[c]:g.city_start[c+1]]) == {name}
-    assert g.city_start[-1] == len(g.places) and not g.crowded.any()
-
-def test_crowded_spots_are_bounded_and_the_rest_is_whole():
-    angle = np.arange(60)*2*np.pi/60                                                 # 2**30 maximal cliques: everybody but the one across
-    circle = 12.52*np.stack([np.cos(angle), np.sin(angle)], 1)
-    calm = np.random.default_rng(0).uniform(500, 560, (40, 2))
-    xy = np.concatenate([circle, calm])
-    g = GeoSide(make_table(image='a', city='x', place=0, easting=xy[:, 0], northing=xy[:, 1]))
-    assert g.crowded[:60].all() and not g.crowded[60:].any()
-    listed = {frozenset(g.cliques.row(c).tolist()) for c in range(len(g.cliques.indptr) - 1)}
-    assert {c for c in listed if min(c) >= 60} == {frozenset((60 + c).tolist()) for c in geo_cliques(calm, min_size=4)}
+    assert g.city_start[-1] == len(g.places)
 
 def test_bad_table():
     with pytest.raises(UserError, match='no column'): GeoSide(town(0).drop(columns='easting'))

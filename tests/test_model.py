@@ -513,3 +513,37 @@ def test_cached_file(offline, dinov2_file):
 def test_import_does_no_work():
     code = 'import sys, torch; s = torch.random.get_rng_state(); import sage.model; assert torch.equal(s, torch.random.get_rng_state())'
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+@pytest.mark.parametrize('prefix', ['backbone.model.blocks.11.', 'backbone.gpn_norms.3.', 'encoder.layers.1.'])
+def test_official_missing_the_last_of_its_kind(prefix):
+    "A released width says how many there must be: a checkpoint without the last is not a smaller model."
+    sd = official(width=384, depth=12, head=dict(layers=2, d_model=24, ffn=16))
+    whole = load_official(sd, interact_heads=4)
+    assert len(whole.backbone.model.blocks) == 12 and len(whole.backbone.gpn_norms) == 4
+    gone = [k for k in sd if k.startswith(prefix)]
+    with pytest.raises(UserError) as e: load_official({k: v for k, v in sd.items() if k not in gone}, interact_heads=4)
+    assert gone and all(k in str(e.value) for k in gone)
+
+
+def test_official_lists_every_key_and_a_gap():
+    sd = official()
+    gone = [k for k in sd if k.startswith(('backbone.model.blocks.1.', 'aggregator.gpn.'))]
+    with pytest.raises(UserError) as e: load_official({k: v for k, v in sd.items() if k not in gone}, num_heads=2)
+    assert len(gone) > 10 and all(k in str(e.value) for k in gone)
+
+
+@pytest.mark.parametrize('key', ['aggregator.score.3.weight', 'aggregator.token_features.2.weight', 'aggregator.score.0.weight', 'backbone.model.pos_embed', 'backbone.gpn_norms.0.projection.0.weight', 'backbone.model.patch_embed.proj.weight'])
+def test_official_of_another_shape_is_one_sentence(key):
+    for value in (torch.tensor(1.), torch.zeros(3)):
+        with pytest.raises(UserError, match=key.replace('.', r'\.')): load_official(official() | {key: value}, num_heads=2)
+
+
+def test_official_named_twice():
+    sd = official()
+    with pytest.raises(UserError, match='twice'): load_official({**sd, **{f'module.{k}': v for k, v in sd.items()}}, num_heads=2)
+
+
+def test_official_heads():
+    for heads in (-1, -3):
+        with pytest.raises(UserError, match='head'): load_official(official(), num_heads=heads)

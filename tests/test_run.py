@@ -1,9 +1,9 @@
 "The run folder: what a crash, a careless user or a damaged copy may leave behind."
-import json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, tempfile, time
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from sage.core import MissingPath, UserError
-from sage.run import Run, append_line, checkpoint_paths, plain, read_lines
+from sage.run import Run, answers_of, append_line, checkpoint_paths, plain, read_lines, reduce_descriptors
 
 def tables(n=5, seed=0):
     g = np.random.default_rng(seed)
@@ -11,6 +11,10 @@ def tables(n=5, seed=0):
     edges = pd.DataFrame(dict(src=[0], dst=[1], d_geo=[3.], d_vis=[.5], affinity=[-1.5], kind=['near'], state=['new']))
     cliques = pd.DataFrame(dict(batch=[0], slot=[0], place=[1], image=[2], rank=[0], mean_affinity=[-1.]))
     return nodes, edges, cliques, g.random((n, 4))
+
+def some_answers(seed=0):
+    g = np.random.default_rng(seed)
+    return answers_of(g.random((6, 8)), [0, 1], [2, 3, 4, 5], [[0], []], np.sort(g.random((2, 3))), np.array([[1, 0, 2], [3, 2, 1]]))
 
 @pytest.fixture
 def run(tmp_path): return Run.create(tmp_path/'run', dict(seed=0))
@@ -55,9 +59,9 @@ def test_metrics_kinds_and_nan(run):
     assert list(run.metrics().epoch) == [0] and run.metrics().loss.isna().all()
     assert list(run.metrics('step').loss) == [2.]
 
-@pytest.mark.parametrize('name,read', [(f'{n}.parquet', n) for n in ('nodes', 'edges', 'cliques')] + [('descriptors.npy', 'descriptors'), ('attention.npz', 'attention')])
+@pytest.mark.parametrize('name,read', [(f'{n}.parquet', n) for n in ('nodes', 'edges', 'cliques')] + [('descriptors.npy', 'descriptors'), ('attention.npz', 'attention'), ('answers.npz', 'answers')])
 def test_truncated_file_is_named(run, name, read):
-    run.write_epoch(0, *tables(), attention=dict(beta=np.zeros((2, 64))))
+    run.write_epoch(0, *tables(), attention=dict(beta=np.zeros((2, 64))), answers=dict(town=some_answers()))
     path = run.path/'epochs'/'0000'/name
     size = path.stat().st_size
     for keep in (0, 7, size // 2, size - 9):
@@ -67,6 +71,40 @@ def test_truncated_file_is_named(run, name, read):
         path.write_bytes(data)
     path.unlink()
     with pytest.raises(MissingPath, match=name): getattr(run, read)(0)
+
+@given(st.lists(st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\0'), max_size=12), unique=True, max_size=3))
+@settings(max_examples=20, deadline=None)
+def test_answers_of_any_name_come_back(names):
+    with tempfile.TemporaryDirectory() as folder:
+        run, told = Run.create(folder + '/run', {}), {n: some_answers(i) for i, n in enumerate(names)}
+        run.write_epoch(0, *tables(), answers=told)
+        if not names: return
+        back = run.answers(0)
+        assert list(back) == names
+        for n in names:
+            for a, b in zip(told[n], back[n]): assert a.dtype == b.dtype and np.array_equal(a, b)
+
+def test_answers_by_hand_and_absent(run):
+    run.write_epoch(0, *tables(), answers=dict(town=some_answers()))
+    run.write_epoch(1, *tables())
+    a = run.answers(0)['town']
+    assert a.rows.tolist() == [[3, 2, 4], [5, 4, 3]] and a.right.tolist() == [[False, True, False], [False] * 3] and a.positives.tolist() == [1, 0]
+    with pytest.raises(MissingPath, match='before answers were kept'): run.answers(1)
+    with pytest.raises(UserError, match='no epoch 7'): run.answers(7)
+    path = run.path/'epochs'/'0000'/'answers.npz'
+    np.savez(path, names=np.array(['town']))
+    with pytest.raises(UserError, match='damaged, no array'): run.answers(0)
+
+@pytest.mark.parametrize('shape', [(1, 5), (7, 3), (200, 90), (90, 700), (4, 1)])
+def test_reduced_descriptors_are_the_principal_components(shape):
+    g = np.random.default_rng(0)
+    x = (g.normal(size=shape) * np.geomspace(9, .01, shape[1]) + 3).astype(np.float32)
+    dim = min(64, *shape)
+    u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    ours, theirs = reduce_descriptors(x), (u * s)[:, :dim]
+    assert ours.shape == (len(x), dim) and ours.dtype == np.float32
+    np.testing.assert_allclose(ours @ ours.T, theirs @ theirs.T, atol=2e-3 * max(s[0], 1)**2)
+    assert np.isfinite(reduce_descriptors(np.ones(shape))).all()
 
 def test_no_pickle(run):
     run.write_epoch(0, *tables())

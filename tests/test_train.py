@@ -54,6 +54,7 @@ def assert_same(a, b, epochs=2):
         assert set(wa) == set(wb) and all(torch.equal(wa[k], wb[k]) for k in wa)
         for table in ('nodes', 'edges', 'cliques'): pd.testing.assert_frame_equal(getattr(a, table)(e), getattr(b, table)(e))
         assert np.array_equal(a.descriptors(e), b.descriptors(e))
+        for x, y in zip(a.answers(e)['unseen'], b.answers(e)['unseen']): assert x.dtype == y.dtype and np.array_equal(x, y)
 
 class After(threading.Event):
     "Set from the n-th time it is asked."
@@ -77,6 +78,18 @@ def test_run_holds_everything(whole):
     np.testing.assert_allclose(a['probes'].astype(float).sum(2), 1, atol=.01)
     left = {p.name for p in whole.path.iterdir()}
     assert left == {'config.json', 'metrics.jsonl', 'epochs', 'checkpoints', 'tables'}
+
+def test_answers_are_what_recall_was_measured_on(whole):
+    t, m = whole.table('unseen'), whole.metrics().set_index('epoch')
+    for e in whole.epochs():
+        a = whole.answers(e)['unseen']
+        assert (t.role.iloc[a.queries] == 'query').all() and (t.role.iloc[a.rows.ravel()] == 'database').all()
+        assert len(a.queries) == (t.role == 'query').sum() and a.rows.shape == a.distances.shape == a.right.shape == (24, 20) and a.reduced.shape == (144, 64)
+        assert (np.diff(a.distances, axis=1) >= 0).all()
+        xy = t[['easting', 'northing']].to_numpy()
+        np.testing.assert_array_equal(a.right, np.linalg.norm(xy[a.queries][:, None] - xy[a.rows], axis=2) <= 25)
+        for k in (1, 5, 10, 20): np.testing.assert_allclose(m[f'unseen/recall@{k}'][e], 100 * a.right[a.positives > 0, :k].any(1).mean())
+        assert (whole.path/'epochs'/f'{e:04d}'/'answers.npz').stat().st_size < 60_000
 
 def test_cliques_are_what_was_trained(whole, towns):
     c = whole.cliques(0)

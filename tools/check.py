@@ -20,7 +20,7 @@ def steps(quick=False):
         ('import order', project('order'), 1),
         ('project', project('not export and not clean and not order'), 1),
         ('notebook tests', [BIN/'nbdev_test', '--n_workers', '2', '--timing'], 1),
-        ('pytest', pytest('--durations', '10', *rest), 1),
+        ('pytest', pytest('-n', '2', '--dist', 'loadfile', '--durations', '10', *rest), 1),
     ] + ([] if quick else [('wheel', pytest('-s', 'tests/test_wheel.py'), 1)])
 
 def environment(threads):

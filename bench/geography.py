@@ -1,0 +1,73 @@
+"""The geography of a data set as large as MSLS, prepared once: time, memory, and how both grow.
+
+    python bench/geography.py                     # 100 k to 1.5 M images in 30 cities: half a minute
+
+The named alternative is scipy's k-d tree, city by city, for the neighbours alone (query_ball_point). Figure: docs/img/geography.png.
+"""
+import os
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+from pathlib import Path
+
+import numpy as np
+
+from common import CITIES, MORE, Worker, arguments, keep, memory, msls_like, table_of
+
+SIZES = [100_000, 200_000, 400_000, 800_000, 1_500_000]
+SECONDS, GIGABYTES = 180, 6                                              # what 1.5 M images may take
+
+
+class Geography:
+    def __init__(self, n, seed):
+        from sage.graph import GeoSide
+        self.GeoSide, self.table = GeoSide, table_of(msls_like(n, 1, seed, CITIES + MORE)[0])
+        GeoSide(self.table[:2000].reset_index(drop=True))                # compiled
+        self.start = memory(reset=True)
+
+    def prepare(self):
+        self.geo = self.GeoSide(self.table)
+        return len(self.geo.places), len(self.geo.neighbors.indices)//2, memory() - self.start
+
+    def tree(self):
+        "Everybody's neighbours by scipy's k-d tree, city by city; returns the pairs."
+        from scipy.spatial import cKDTree
+        city, found = self.geo.place_city[self.geo.codes], 0
+        for c in range(len(self.geo.cities)):
+            xy = self.geo.xy[city == c]
+            found += sum(map(len, cKDTree(xy).query_ball_point(xy, np.nextafter(25., 0), return_sorted=True))) - len(xy)
+        return found//2
+
+
+def figure(rows, path):
+    "Seconds against images, both axes logarithmic, with n · log n through the first point."
+    import matplotlib; matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    n, t = (np.array([r[c] for r in rows]) for c in ('images', 'cpu_seconds'))
+    fig, ax = plt.subplots(figsize=(4.5, 2.8), dpi=90)
+    ax.loglog(n, t, 'o-', label='geography, measured'); ax.loglog(n, t[0]*n*np.log(n)/(n[0]*np.log(n[0])), 'k:', label='n · log n')
+    ax.set_xticks(n, [f'{x/1e6:g} M' for x in n]); ax.minorticks_off()
+    ax.set(xlabel='images', ylabel='CPU seconds'); ax.legend(fontsize=8); ax.grid(alpha=.3); fig.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True); fig.savefig(path, metadata=dict(Software=None)); print(f'-> {path}')
+
+
+def main():
+    parser = arguments(__doc__)
+    parser.add_argument('--sizes', nargs='+', type=int, default=SIZES)
+    parser.add_argument('--repeats', type=int, default=3, help='the fastest counts')
+    parser.add_argument('--figure', type=Path, default=Path(__file__).parent.parent/'docs'/'img'/'geography.png')
+    args = parser.parse_args()
+    rows = []
+    for n in args.sizes:
+        worker = Worker(Geography, n, args.seed)
+        runs = [worker('prepare') for _ in range(args.repeats)]
+        (places, pairs, peak), seconds, cpu = runs[0][0], min(r[1] for r in runs), min(r[2] for r in runs)
+        tree = worker('tree'); worker.close()
+        assert tree[0] == pairs
+        first = rows[0] if rows else dict(images=n, cpu_seconds=cpu)
+        growth = cpu/first['cpu_seconds']/(n*np.log(n)/(first['images']*np.log(first['images'])))
+        rows.append(dict(images=n, places=places, pairs=pairs, seconds=seconds, cpu_seconds=cpu, peak_mb=peak, tree_seconds=tree[1], ratio_to_tree=tree[1]/seconds, growth_over_n_log_n=growth))
+        print(f'{n:>9,} images, {places:,} places, {pairs:,} pairs: {seconds:6.2f} s (bar at 1.5 M: {SECONDS} s), {peak:,.0f} MB above the table (bar {GIGABYTES} GB), {growth:.2f} of n·log n; the neighbours alone by scipy\'s tree {tree[1]:.2f} s ({tree[1]/seconds:.1f}×)', flush=True)
+    figure(rows, args.figure)
+    keep('geography', args, rows)
+
+
+if __name__ == '__main__': main()

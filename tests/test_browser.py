@@ -1,0 +1,293 @@
+"""The workbench in JupyterLab in a real browser without a network: what is drawn, what clicks do, and that a training is watched live."""
+import json, os, shutil, subprocess, sys, time, urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed; pip install playwright runs the browser tests')
+pytest.importorskip('jupyterlab', reason='jupyterlab is not installed')
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason='no chromium on the path; apt-get install chromium runs the browser tests')
+
+ROOT = Path(__file__).resolve().parents[1]
+QUIET = {'@jupyterlab/apputils-extension:notification': {'fetchNews': 'false', 'checkForUpdates': False, 'doNotDisturbMode': True}}
+STARTED = 'window.jupyterapp && window.jupyterapp.restored'
+IDLE = "() => {const w = window.jupyterapp.shell.currentWidget, k = w && w.sessionContext && w.sessionContext.session && w.sessionContext.session.kernel; return !!k && k.status === 'idle'}"
+INK = """() => {let n = 0; for (const c of document.querySelectorAll('.sage-plot .gl-canvas-context, .sage-plot .gl-canvas-focus')) {
+    if (!c.width || !c.offsetParent) continue; const d = document.createElement('canvas'); d.width = c.width; d.height = c.height; const x = d.getContext('2d'); x.drawImage(c, 0, 0);
+    const p = x.getImageData(0, 0, c.width, c.height).data; for (let i = 3; i < p.length; i += 4) n += p[i] > 0;} return n}"""      # pixels that WebGL has drawn
+
+def notebook(path, *cells):
+    "A notebook of code cells."
+    cell = lambda i, text: dict(cell_type='code', id=f'c{i}', execution_count=None, metadata={}, outputs=[], source=text)
+    path.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')), cells=[cell(i, c) for i, c in enumerate(cells)])))
+
+@contextmanager
+def lab(folder):
+    "JupyterLab on a free port with settings of its own; yields its address."
+    names = 'JUPYTER_CONFIG_DIR JUPYTERLAB_SETTINGS_DIR JUPYTERLAB_WORKSPACES_DIR JUPYTER_RUNTIME_DIR JUPYTER_DATA_DIR IPYTHONDIR'.split()
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'IN_TEST': '', 'PYTHONWARNINGS': 'ignore', **{n: str(folder/'jupyter'/n.lower()) for n in names}}
+    for n in names: Path(env[n]).mkdir(parents=True, exist_ok=True)
+    (Path(env['JUPYTER_CONFIG_DIR'])/'labconfig').mkdir()
+    (Path(env['JUPYTER_CONFIG_DIR'])/'labconfig'/'default_setting_overrides.json').write_text(json.dumps(QUIET))
+    log = open(folder/'lab.log', 'w')
+    server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--port=0', '--ServerApp.port_retries=0', '--IdentityProvider.token=', '--ServerApp.disable_check_xsrf=True', '--expose-app-in-browser',
+                               f'--ServerApp.root_dir={folder}'], env=env, stdout=log, stderr=log, cwd=folder)
+    try: yield address(server, Path(env['JUPYTER_RUNTIME_DIR']), folder/'lab.log')
+    finally:
+        server.terminate()
+        try: server.wait(10)
+        except subprocess.TimeoutExpired: server.kill()
+        log.close()
+
+def address(server, runtime, log, seconds=60):
+    "Where the server answers."
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and server.poll() is None:
+        for f in runtime.glob('jpserver-*.json'):
+            try:
+                url = json.loads(f.read_text())['url']
+                urllib.request.urlopen(url + 'api', timeout=5).read()
+                return url
+            except (OSError, ValueError): pass
+        time.sleep(.1)
+    raise RuntimeError(f'JupyterLab did not start: {log.read_text()[-2000:]}')
+
+class Desk:
+    "A page of JupyterLab with a notebook open; what went wrong in the browser is kept."
+    def __init__(self, browser, url, size=(1440, 900)):
+        self.context, self.url = browser.new_context(viewport=dict(width=size[0], height=size[1])), url
+        self.asked, self.errors = [], []
+        self.context.route('**/*', self.gate)
+        self.page = self.context.new_page()
+        self.page.on('console', lambda m: self.errors.append(m.text) if m.type == 'error' else None)
+        self.page.on('pageerror', lambda e: self.errors.append(str(e)))
+
+    def gate(self, route): # nothing but this machine
+        if route.request.url.startswith((self.url, self.url.replace('http', 'ws', 1), 'data:', 'blob:', 'about:')): return route.continue_()
+        self.asked.append(route.request.url)
+        route.abort()
+
+    def open(self, name):
+        self.page.goto(f'{self.url}lab/tree/{name}')
+        self.page.wait_for_function(STARTED, timeout=60_000)
+        self.page.evaluate('async () => {await window.jupyterapp.restored; window.jupyterapp.shell.collapseLeft();}')
+        self.page.wait_for_selector('.jp-NotebookPanel .jp-Cell', timeout=60_000)
+        self.page.wait_for_function(IDLE, timeout=90_000)
+
+    def command(self, name, args=None): return self.page.evaluate('([n, a]) => {window.jupyterapp.commands.execute(n, a); return null}', [name, args or {}])
+    def run_all(self): self.command('notebook:run-all-cells')
+    def theme(self, name): self.page.evaluate("async n => {await window.jupyterapp.commands.execute('apputils:change-theme', {theme: n})}", name)
+    def tab(self, name): self.page.locator('.jupyter-widgets .lm-TabBar-tab', has_text=name).first.click()
+
+    def title(self, n=0): # of the n-th plot that is seen
+        return self.page.evaluate("n => {const p = [...document.querySelectorAll('.sage-plot')].filter(d => d.offsetParent && d.layout); return p[n] ? p[n].layout.title.text : ''}", n)
+
+    def until(self, what, seconds=30):
+        "Wait for a function to be true; what it last said otherwise."
+        end = time.monotonic() + seconds
+        while not (said := what()):
+            status = self.page.locator('.sage-status').all_text_contents()
+            assert time.monotonic() < end, f'not within {seconds} s; the workbench says {status}, the first plot is called {self.title()!r}, errors: {self.errors}'
+            self.page.wait_for_timeout(50)
+        return said
+
+    def cell_errors(self): return self.page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"], .jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').all_text_contents()
+
+# ---------------------------------------------------------------- what the tests share
+
+@pytest.fixture(scope='module')
+def browser():
+    with sync_api.sync_playwright() as p:
+        b = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
+        yield b
+        b.close()
+
+@pytest.fixture(scope='module')
+def desk(browser, tmp_path_factory):
+    "One JupyterLab for all tests, on a run that is made up but for its attention maps."
+    folder = tmp_path_factory.mktemp('lab')
+    finished = made_up(folder/'finished')
+    waiting = [finished.path/'epochs'/f'{e:04d}' for e in (2, 3)]
+    for p in waiting: p.rename(folder/p.name)
+    notebook(folder/'work.ipynb', f'from sage.workbench import Workbench\nbench = Workbench({str(finished.path)!r})\nbench', 'import time\nbench.state.epoch')
+    with lab(folder) as url:
+        d = Desk(browser, url)
+        d.folder, d.run, d.waiting = folder, finished, waiting
+        d.open('work.ipynb')
+        d.run_all()
+        d.until(lambda: 'after 1 epoch' in d.title(), 90)
+        yield d
+
+def made_up(path):
+    "A toy run of three epochs, with attention maps such as a training records."
+    import numpy as np
+    from sage.viz.toy import toy_run
+    run, g = toy_run(path, epochs=3), np.random.default_rng(0)
+    table, answers = run.table('Otherville'), run.answers(3)['Otherville']
+    rows = np.array([r for q in (0, 9) for r in (answers.queries[q], answers.rows[q, 0])])
+    for e in run.epochs():
+        maps, unit = g.dirichlet(np.full(24, .3 + e), (4, 16)), lambda x: x/np.linalg.norm(x, axis=1, keepdims=True)
+        arrays = dict(beta=.5*g.random((4, 24)), norms=9 + g.random((4, 24)), probes=maps, dpn=g.random((4, 4)), exponent=g.random(4), descriptors=unit(g.random((4, 256 + 16*128))), grid=np.array([4, 6]), rows=rows, images=table.image.iloc[rows].to_numpy(dtype=str))
+        np.savez(run.path/'epochs'/f'{e:04d}'/'attention.npz', **{k: v.astype(np.float32) if v.dtype == float else v for k, v in arrays.items()})
+    return run
+
+SPOT = """n => {const d = [...document.querySelectorAll('.sage-plot')].filter(d => d.offsetParent)[0], t = d._fullData.find(t => t.name === 'place'), a = d._fullLayout, r = d.getBoundingClientRect(), i = Math.floor(t.x.length*n);
+    return [r.left + a.xaxis._offset + a.xaxis.d2p(t.x[i]), r.top + a.yaxis._offset + a.yaxis.d2p(t.y[i])]}"""      # where on the screen the middle node is
+
+def slide(d, kind, text, value): # move a slider by its keys
+    s = d.page.locator(f'.widget-hslider:has-text("{text}") .noUi-handle').locator('visible=true').first
+    s.focus()
+    now = lambda: int(d.page.locator(f'.widget-hslider:has-text("{text}") .widget-readout').locator('visible=true').first.text_content())
+    while now() != value: d.page.keyboard.press('ArrowRight' if now() < value else 'ArrowLeft')
+
+# ---------------------------------------------------------------- the tests, in the order a visitor would go
+
+def test_the_graph_is_drawn_once_and_not_blank(desk):
+    desk.until(lambda: desk.page.evaluate(INK) > 500)
+    assert desk.page.locator('.sage-plot').count() >= 6 and desk.page.evaluate("() => typeof window.sagePlotly") == 'object'
+
+def test_new_epochs_come_by_themselves_within_two_seconds(desk):
+    for p in desk.waiting:
+        start = time.monotonic()
+        (desk.folder/p.name).rename(p)
+        desk.until(lambda: f'after {int(p.name)} epoch' in desk.title(), 20)
+        took = time.monotonic() - start
+        desk.page.wait_for_timeout(300)
+        assert desk.page.evaluate(INK) > 500
+    assert took < (2 if os.environ.get('SAGE_BROWSER_STRICT') else 6), f'{took:.1f} s from the end of the epoch to the painted graph'
+
+def test_the_slider_goes_back_and_newest_comes_back(desk):
+    slide(desk, 'epoch', 'epoch', 1)
+    desk.until(lambda: 'after 1 epoch ' in desk.title())
+    desk.page.get_by_role('button', name='newest').click()
+    desk.until(lambda: 'after 3 epochs' in desk.title())
+
+def test_a_click_on_a_node_shows_its_neighbourhood(desk):
+    x, y = desk.page.evaluate(SPOT, .5)
+    desk.page.mouse.move(x, y)
+    desk.until(lambda: desk.page.locator('.widget-html img').locator('visible=true').count() > 0)         # the card of the node under the mouse
+    desk.page.mouse.click(x, y)
+    desk.until(lambda: 'place' in desk.title(1) and 'after 3 epochs' in desk.title(1))
+    assert 'edges of the selection' in desk.title()
+
+def test_the_map_is_drawn_without_a_network(desk):
+    desk.tab('Cliques')
+    frame = desk.page.frame_locator('iframe.sage-map')
+    frame.locator('.leaflet-container').wait_for(timeout=30_000)
+    stars = frame.locator('.sage-star')
+    stars.first.wait_for(timeout=30_000)
+    inside = next(f for f in desk.page.frames if f.parent_frame and f.evaluate("() => !!window.L"))
+    drawn = inside.evaluate("""() => {let n = 0; for (const k in window) if (window[k] instanceof L.Map) window[k].eachLayer(l => n += l instanceof L.Path || l instanceof L.Marker); return n}""")
+    ink = inside.evaluate("() => {let n = 0; for (const c of document.querySelectorAll('canvas')) {const p = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; for (let i = 3; i < p.length; i += 4) n += p[i] > 0;} return n}")
+    nodes = len(desk.run.table())
+    assert stars.count() == 8 and drawn > nodes and ink > 1000, (stars.count(), drawn, nodes, ink)
+    stars.nth(2).click()
+    frame.locator('.leaflet-popup-content img').wait_for(timeout=10_000)
+
+def test_another_clique_is_chosen_everywhere(desk):
+    desk.page.locator('.widget-dropdown:has-text("clique") select').locator('visible=true').select_option(index=3)
+    chosen = desk.page.locator('button:has-text("✕")')
+    desk.until(lambda: chosen.count() and 'place' in chosen.first.text_content())
+    name = chosen.first.text_content().replace(' ✕', '')
+    desk.tab('Graph')
+    desk.until(lambda: desk.title(1).startswith(name.replace('&', '&amp;')))
+
+def test_the_probe_changes(desk):
+    desk.tab('Attention')
+    desk.until(lambda: 'Soft Probing' in desk.title())
+    maps = "() => {const d = [...document.querySelectorAll('.sage-plot')].filter(d => d.offsetParent)[0]; return JSON.stringify([d.layout.annotations.map(a => a.text), d.dataset.drawn])}"
+    before = desk.page.evaluate(maps)
+    slide(desk, 'probe', 'probe', 5)
+    desk.until(lambda: 'probe 5' in desk.page.evaluate(maps) and desk.page.evaluate(maps) != before)
+
+def test_embedding_lasso_fills_the_gallery(desk):
+    desk.tab('Embedding')
+    desk.until(lambda: 'laid out by likeness' in desk.title(), 90)
+    box = desk.page.locator('.sage-plot').locator('visible=true').first.locator('.nsewdrag').first.bounding_box()
+    at = lambda a, b: (box['x'] + a*box['width'], box['y'] + b*box['height'])
+    desk.page.mouse.move(*at(.05, .05))
+    desk.page.mouse.down()
+    for a, b in ((.95, .05), (.95, .95), (.05, .95), (.05, .06)): desk.page.mouse.move(*at(a, b), steps=5)
+    desk.page.mouse.up()
+    desk.until(lambda: desk.page.locator('.widget-html figure img').locator('visible=true').count() > 5, 20)
+
+def test_retrieval_and_training(desk):
+    desk.tab('Retrieval')
+    desk.until(lambda: desk.title().startswith('Answers in') and 'right at once' in desk.title(1) and desk.title(2).startswith('Recall'))
+    desk.page.locator('.widget-checkbox:has-text("only wrong") input').locator('visible=true').check()
+    options = desk.page.locator('.widget-dropdown:has-text("query") select').locator('visible=true')
+    desk.until(lambda: all(not t.endswith('right') for t in options.locator('option').all_text_contents()))
+    desk.tab('Training')
+    desk.until(lambda: desk.title().startswith('Training of finished'))
+
+def test_a_reload_shows_the_newest_state(desk):
+    desk.tab('Graph')
+    desk.command('docmanager:save')
+    desk.page.wait_for_timeout(800)
+    slide(desk, 'epoch', 'epoch', 2)
+    desk.until(lambda: 'after 2 epochs' in desk.title())
+    desk.page.reload()
+    desk.page.wait_for_function(STARTED, timeout=60_000)
+    desk.until(lambda: 'after 2 epochs' in desk.title(), 60)
+
+def test_the_dark_theme_is_followed(desk):
+    desk.theme('JupyterLab Dark')
+    ink = "() => {const d = [...document.querySelectorAll('.sage-plot')].filter(d => d.offsetParent)[0]; return d._fullLayout.font.color}"
+    desk.until(lambda: desk.page.evaluate(ink).upper() == '#C8C8C8')
+
+def test_nothing_was_asked_of_the_network_and_nothing_went_wrong(desk):
+    assert desk.asked == []
+    assert [e for e in desk.errors if 'favicon' not in e] == []
+    assert desk.cell_errors() == []
+
+def test_a_burst_leaves_no_backlog(desk):
+    desk.page.evaluate("""() => {window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({code: `
+import plotly.graph_objects as go
+for i in range(100): bench.pages[0].graph.show(go.Figure(layout_title=f'burst {i}'))
+`}); return null}""")
+    desk.until(lambda: desk.title() == 'burst 99', 6)
+    sent = desk.page.evaluate("() => +[...document.querySelectorAll('.sage-plot')].filter(d => d.offsetParent)[0].dataset.drawn")
+    assert sent < 60, f'{sent} figures were drawn'
+
+# ---------------------------------------------------------------- a training that is started, watched, held and stopped in the browser
+
+TRAIN = """from sage.settings import Settings, make_model
+from sage.sources import DEV, WORLD, world
+from sage.workbench import Workbench
+towns = world(dev=True)
+settings = Settings(**WORLD | DEV | dict(epochs=40, steps=6, log_every=2))
+bench = Workbench.training(settings, make_model(settings), towns['train'], {'unseen town': towns['val']['unseen town']}, 'trained')
+bench"""
+
+def test_a_training_is_watched_held_and_stopped(browser, tmp_path):
+    notebook(tmp_path/'live.ipynb', TRAIN)
+    with lab(tmp_path) as url:
+        d = Desk(browser, url)
+        d.open('live.ipynb')
+        d.run_all()
+        lit = lambda: {n for n in ('start', 'pause', 'stop') if d.page.get_by_role('button', name=n).and_(d.page.locator('.jupyter-button')).is_enabled()}
+        press = lambda n: d.page.get_by_role('button', name=n).and_(d.page.locator('.jupyter-button')).click()
+        d.until(lambda: 'before training' in d.title(), 120)
+        d.until(lambda: 'after 1 epoch ' in d.title(), 60)
+        assert lit() == {'pause', 'stop'} and d.page.evaluate(INK) > 200
+        d.until(lambda: 'after 2 epochs' in d.title(), 60)                              # the graph evolves while the training runs
+        start = time.monotonic()
+        d.page.mouse.click(*d.page.evaluate(SPOT, .5))
+        d.until(lambda: 'place' in d.title(1), 20)
+        took = time.monotonic() - start
+        press('pause')
+        d.until(lambda: lit() == {'start', 'stop'})
+        held = (tmp_path/'trained'/'metrics.jsonl').stat().st_size
+        d.page.wait_for_timeout(2500)
+        written = (tmp_path/'trained'/'metrics.jsonl').stat().st_size - held
+        assert written < 4000, 'a held training writes on'                              # at most what was in hand
+        press('start')
+        d.until(lambda: (tmp_path/'trained'/'metrics.jsonl').stat().st_size > held + written, 60)
+        press('stop')
+        d.until(lambda: 'stopped' in ' '.join(d.page.locator('.sage-status').all_text_contents()) and lit() == {'start'}, 30)
+        assert took < 8, f'{took:.1f} s from a click to the neighbourhood while training'
+        assert d.errors == [] and d.asked == [] and d.cell_errors() == []
+    from sage.run import Run
+    assert Run(tmp_path/'trained').resumable()                                          # and nothing of it is lost

@@ -1,0 +1,125 @@
+"""`sage_data check`: what is there, what is missing by name, what it serves, and every oddity with a count and an example."""
+import os, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from sage.cli_data import sage_data
+from sage.formats import write_gsv, write_msls, write_utm
+from sage.geo import to_latlon
+from sage.places import make_table
+from sage.preflight import check, doubles, overlaps, swapped, wide_places
+
+
+def cards(folder, city='aldwick', places=5, views=5, seed=0, east=0., **more):
+    rng, n = np.random.default_rng(seed), places * views
+    folder.mkdir(parents=True, exist_ok=True)
+    image = [str(folder/f'{city}_{i}.jpg') for i in range(n)]
+    for p in image: Image.fromarray(rng.integers(0, 255, (8, 8, 3)).astype(np.uint8)).save(p)
+    place = np.arange(n) // views
+    return make_table(**dict(image=image, city=city, place=place, easting=5e5 + east + 60. * place + rng.uniform(0, 6, n), northing=5.3e6 + rng.uniform(0, 6, n), zone='32N', heading=90.,
+                             role=np.where(np.arange(n) % views, 'database', 'query'), time='2026-03') | more)
+
+
+def text(*argv, capsys):
+    code = 0
+    try: sage_data(['check', *map(str, argv)])
+    except SystemExit as e: code = e.code
+    out, err = capsys.readouterr()
+    assert len(err.splitlines()) == (code != 0), err
+    return code, out + err
+
+
+def test_msls_by_name(tmp_path, capsys):
+    write_msls(pd.concat([cards(tmp_path/'a', 'zurich'), cards(tmp_path/'b', 'cph', seed=1, east=9000)], ignore_index=True), tmp_path/'msls')
+    os.remove(tmp_path/'msls'/'train_val'/'cph'/'query'/'subtask_index.csv')
+    code, out = text(tmp_path/'msls', capsys=capsys)
+    assert code == 0 and 'MSLS' in out and '50 images' in out and '2 cities' in out
+    for part in ('train_val/cph/query/subtask_index.csv', '21 of 22 train cities', '1 of 2 val cities of MSLS: sf', 'training: sage_train', 'www.mapillary.com/dataset/places'): assert part in out, part
+    assert 'zurich' not in out.split('missing:')[1].split('\n')[1]
+
+
+def test_a_benchmark_root(tmp_path, capsys):
+    write_utm(cards(tmp_path/'a', 'x', split='test'), tmp_path/'data'/'tokyo247')
+    code, out = text(tmp_path/'data', capsys=capsys)
+    assert code == 0 and 'benchmark tokyo247' in out and 'here are 20 / 5' in out
+    assert text(tmp_path/'data', '--benchmark', 'tokyo247', capsys=capsys)[0] == 0
+    code, out = text(tmp_path/'data', '--benchmark', 'sped', capsys=capsys)
+    assert code == 2 and 'SPED was not found' in out and 'VPR-Bench' in out
+    assert text(tmp_path/'data'/'tokyo247', capsys=capsys)[0] == 0
+
+
+def test_a_set_of_another_name_is_recognised_by_its_counts(tmp_path, capsys):
+    for part in ('ref', 'query'):
+        (tmp_path/'mine'/part).mkdir(parents=True)
+        for i in range(607): (tmp_path/'mine'/part/f'{i}.jpg').touch()
+    code, out = text(tmp_path/'mine', capsys=capsys)
+    assert code == 0 and 'benchmark sped' in out
+
+
+@pytest.mark.parametrize('argv', [[], ['--benchmark', 'pitts30k']])
+def test_nothing_served_is_2(argv, tmp_path, capsys):
+    (tmp_path/'empty').mkdir(); assert text(tmp_path/'empty', *argv, capsys=capsys)[0] == 2
+    assert text(tmp_path/'nowhere', *argv, capsys=capsys)[0] == 2
+
+
+def test_warnings_with_counts_and_examples(tmp_path, capsys):
+    t = pd.concat([cards(tmp_path/'a', 'east'), cards(tmp_path/'b', 'west', seed=1, east=240.)], ignore_index=True)
+    t.loc[7, 'northing'] += 70
+    Path(t.image[24]).write_bytes(Path(t.image[0]).read_bytes())
+    write_gsv(t, tmp_path/'gsv')
+    report = check(tmp_path/'gsv'); said = '\n'.join(report.warnings)
+    assert '1 of 10 places are wider than 50 m (2 τ₁), e.g. place 1 of east: 7' in said
+    assert '1 images occur under several places, e.g. ' in said
+    assert 'images of east lie within 25 m of west' in said
+    assert text(tmp_path/'gsv', capsys=capsys)[0] == 0                                     # warnings, but it serves
+
+
+def test_swapped_and_mixed_zones_in_names(tmp_path):
+    t = cards(tmp_path/'a', 'x', split='test')
+    write_utm(t, tmp_path/'x'); side = tmp_path/'x'/'images'/'test'/'database'
+    one, two = sorted(side.iterdir())[:2]
+    f = one.name.split('@'); f[5], f[6] = f[6], f[5]; one.rename(side/'@'.join(f))
+    f = two.name.split('@'); f[3] = '33'; two.rename(side/'@'.join(f))
+    said = '\n'.join(check(tmp_path/'x').warnings)
+    assert 'latitude and longitude seem swapped in 1 of 25 names' in said and 'zones are mixed: 24 names say 32N, 1 names say 33N' in said and 'more than 100 m' in said
+
+
+def test_swapped_against_a_plain_reading():
+    g = np.random.default_rng(0)
+    for _ in range(50):
+        lat, lon = 36 + g.normal(0, .1, 40), 127 + g.normal(0, .1, 40)
+        turned = g.random(40) < .2
+        lat[turned], lon[turned] = lon[turned].copy(), lat[turned].copy()
+        assert swapped(lat, lon).tolist() == np.flatnonzero(turned).tolist()
+
+
+def test_wide_places_by_all_pairs():
+    g = np.random.default_rng(1)
+    t = make_table(image=[f'{i}' for i in range(300)], city='x', place=g.integers(0, 60, 300), easting=g.uniform(0, 60, 300), northing=g.uniform(0, 60, 300))
+    want = {p: max(np.hypot(a.easting - b.easting, a.northing - b.northing) for a in d.itertuples() for b in d.itertuples()) for p, d in t.groupby('place')}
+    got = wide_places(t)
+    assert set(got.place) == {p for p, m in want.items() if m > 50}
+    for p, m in zip(got.place, got.metres): assert abs(m - want[p]) < 1e-9
+
+
+def test_the_check_writes_nothing(tmp_path):
+    write_utm(cards(tmp_path/'a', 'x', split='test'), tmp_path/'x')
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
+    check(tmp_path/'x')
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')} == before
+
+
+def test_world_samples(root):
+    "The samples of the world in the repository: each layout is found and serves something."
+    for name, layout in (('gsv', 'gsv'), ('msls', 'msls'), ('utm', 'utm')):
+        report = check(root/'data'/name)
+        assert report.layout == layout and report.serves and not report.warnings, report
+
+
+def test_the_command_in_a_process(root, tmp_path):
+    done = subprocess.run([sys.executable, '-m', 'sage.cli_data', 'check', str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(root), PYTHONWARNINGS='ignore'))
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
