@@ -30,6 +30,9 @@ test:
 quick:
 	@$(find_py); "$$py" tools/check.py quick
 
+browser:
+	@$(find_py); "$$py" -m pytest -q tests/test_browser.py
+
 lab:
 	@$(find_py); "$(bin)/jupyter" lab nbs $(ARGS)
 
@@ -39,4 +42,4 @@ export:
 clean-notebooks:
 	@$(find_py); "$(bin)/nbdev_clean"
 
-.PHONY: help env demo test quick lab export clean-notebooks
+.PHONY: help env demo test quick browser lab export clean-notebooks
