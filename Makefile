@@ -36,10 +36,13 @@ browser:
 lab:
 	@$(find_py); "$(bin)/jupyter" lab nbs $(ARGS)
 
+bench:
+	@$(find_py); for script in bench/*.py; do [ $$script = bench/common.py ] || { echo "== $$script"; "$$py" $$script || exit 1; }; done
+
 export:
 	@$(find_py); "$(bin)/nbdev_export"
 
 clean-notebooks:
 	@$(find_py); "$(bin)/nbdev_clean"
 
-.PHONY: help env demo test quick browser lab export clean-notebooks
+.PHONY: help env demo test quick browser lab bench export clean-notebooks

@@ -5,10 +5,11 @@ from itertools import islice
 import networkx as nx
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from scipy.stats import chi2_contingency
 
-from sage.batches import STRATEGIES, CliqueBatches, Features, draw_places
+from sage.batches import STRATEGIES, CliqueBatches, Features, _products, draw_places, product_type
 from sage.clique import greedy_clique
 from sage.core import UserError
 from sage.graph import TAU2, GeoSide, affinity, cut_edges
@@ -45,7 +46,7 @@ def check(df, batch, shape, radius=25.):
 def take(sampler, n): return list(islice(sampler, n))
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 10**6), strategy=st.sampled_from(sorted(STRATEGIES)), places=st.lists(st.integers(1, 25), min_size=1, max_size=4), step=st.sampled_from([5., 12., 18., 26., 60.]),
        wide=st.sampled_from([0., 3., 6., 15., 40.]), P=st.integers(1, 6), k=st.integers(1, 5), min_size=st.integers(1, 12), own=st.booleans())
 def test_promises(seed, strategy, places, step, wide, P, k, min_size, own):
@@ -109,6 +110,26 @@ def test_similar_places_when_all_are_equal():
     assert (np.sort(draws)[:, 1:] > np.sort(draws)[:, :-1]).all()
     assert abs(np.bincount(draws[:, 1:].ravel(), minlength=30)/3000 - 15/30).max() < .06
 
+@pytest.mark.parametrize('dtype', [np.float32, np.float16])
+def test_rough_products_change_nothing(dtype):
+    "Draws from bfloat16, float32 and float64 products are the same, and agree with exact distances."
+    df, _ = town(4, (200, 30), images=(4, 6)); geo = GeoSide(df)
+    F = np.random.default_rng(0).normal(size=(230, 40)).astype(dtype); F[5] = F[3]; F[7] = 0
+    squares = (F.astype(float)**2).sum(1)
+    draw = lambda *product: draw_places(geo, F, squares, np.random.default_rng(1), *product, count=600)
+    got = draw()
+    for product in ((torch.bfloat16, (.02, 0.)), (torch.float32, (1e-4, 0.)), (torch.float64, (1e-12, 0.))): assert np.array_equal(got, draw(product)), product
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 90), st.sampled_from([1, 2, 7, 64, 300, 2000]), st.booleans())
+def test_products_are_within_their_slack(seed, m, n, dim, spiky):
+    r = np.random.default_rng(seed); F = r.normal(size=(n, dim)).astype(np.float32)
+    if spiky: F *= np.exp(3*r.normal(size=F.shape)).astype(np.float32)
+    dtype, slack = product_type(F, np.square(F, dtype=float).sum(1)); seeds = r.integers(0, n, m)
+    got, exact = _products(F, 0, n, seeds, dtype).double().numpy(), F[seeds].astype(float) @ F.T.astype(float)
+    norm = np.linalg.norm(F.astype(float), axis=1)
+    assert (abs(got - exact) <= slack[0]*norm[seeds][:, None]*norm + slack[1]*abs(got)).all()
+
 def literal_batch(df, xy, graph, F, codes, city, P, k, min_size, r):
     "METHOD §4 and §5, read slowly: the cliques of one batch as (clique, relaxed)."
     slots, blocked, draws = [], set(), 0
@@ -152,6 +173,40 @@ def test_same_distribution_as_the_literal_reading(min_size):
     record = sampler.record()
     assert np.mean([x[1] for x in slow]) == pytest.approx(record['draws']/3000, rel=.1)
     assert np.mean([sum(relaxed for _, relaxed in x[0]) for x in slow]) == pytest.approx(record['relaxed']/3000, rel=.1, abs=.05)
+
+def literal_members(clique, xy, F, codes, k, strategy, r):
+    "METHOD §5 in loops; for 'static' any k."
+    if strategy == 'static': return r.choice(clique, k, replace=False).tolist()
+    norm = np.sqrt(np.mean([sum(float(v)**2 for v in f) for f in F]))
+    def W(i, j):
+        w = -np.sqrt(sum((xy[i] - xy[j])**2))*np.sqrt(sum((F[codes[i]].astype(float) - F[codes[j]])**2))
+        return w if w > -2.88e3/8448**.5*norm else -np.inf
+    members = [max(clique, key=lambda i: (np.mean([W(i, j) for j in clique if j != i]), -i))]
+    while len(members) < k: members.append(max((i for i in clique if i not in members), key=lambda i: (np.mean([W(i, j) for j in members]), -i)))
+    return members
+
+@pytest.mark.parametrize('strategy', ['static', 'sage'])
+def test_pairs_cities_sizes_and_ranks(strategy):
+    "Batches of three places of a small town: every pair of places, cities of a batch, sizes of cliques, images, and each member's rank within its clique."
+    df, F = town(20, (9, 6), images=(4, 8), step=17., wide=9.); F = 20*F
+    codes = place_rows(df)[1]; city = place_rows(df)[0].city.to_numpy(); xy = df[['easting', 'northing']].to_numpy(); r = np.random.default_rng(5)
+    graph = nx.Graph(); graph.add_nodes_from(range(len(df)))
+    graph.add_edges_from((i, j) for i in range(len(df)) for j in range(i) if df.city[i] == df.city[j] and np.hypot(*(xy[i] - xy[j])) < 25)
+    def literal():
+        cliques = [c for c, _ in literal_batch(df, xy, graph, F, codes, city, 3, 4, 4, r)[0]]
+        return cliques, [literal_members(c, xy, F, codes, 4, strategy, r) for c in cliques]
+    sampler = CliqueBatches(df, F, strategy, 3, min_size=4, keep=20_000); take(sampler, 20_000)
+    slow, fast = [literal() for _ in range(700)], [([rows[a:b].tolist() for a, b in zip(ptr[:-1], ptr[1:])], batch.tolist()) for batch, rows, ptr in sampler._pass.kept]
+    place = lambda x, s: int(codes[min(x[0][s])])
+    pair = lambda a, b: lambda x: place(x, a)*len(city) + place(x, b)
+    statistics = dict(first_two=pair(0, 1), last_two=pair(1, 2), unordered=lambda x: min(place(x, 0), place(x, 2))*len(city) + max(place(x, 0), place(x, 2)),
+                      cities=lambda x: len({city[place(x, s)] for s in range(3)}), size=lambda x: len(x[0][1]), sizes=lambda x: sum(map(len, x[0])), anchor=lambda x: x[1][0][0], last=lambda x: x[1][2][3],
+                      rank=lambda x: sorted(x[0][0]).index(x[1][0][0]), rank_of_the_last=lambda x: sorted(x[0][1]).index(x[1][1][3]))
+    for name, what in statistics.items():
+        a, b = (np.bincount([what(x) for x in side], minlength=len(df) + len(city)**2) for side in (slow, fast))
+        keep = b > len(fast)/len(slow)*6                                              # at least six expected among the slow ones
+        table = np.array([[*a[keep], a[~keep].sum()], [*b[keep], b[~keep].sum()]]); table = table[:, table.sum(0) > 0]
+        assert table.shape[1] > 1 and chi2_contingency(table).pvalue > 1e-4, (name, chi2_contingency(table).pvalue)
 
 @pytest.mark.parametrize('norm', [1., 91.9])
 @pytest.mark.parametrize('own', [False, True])
