@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLORS', 'SCALE', 'CONFIG', 'MISSING', 'palette', 'template', 'thumbnail', 'escape', 'place_label', 'place_labels']
 
-# %% ../../nbs/49_viz_style.ipynb #c1252b46
+# %% ../../nbs/49_viz_style.ipynb #080133c4
 import base64, html, io
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from PIL import Image, ImageOps
 
-# %% ../../nbs/49_viz_style.ipynb #38743414
+# %% ../../nbs/49_viz_style.ipynb #4a2b292d
 COLORS = dict(blue='#0072B2', vermillion='#D55E00', green='#009E73', purple='#CC79A7', orange='#E69F00', sky='#56B4E9', grey='#8A8A8A')
 SCALE = 'Viridis'   # for numbers; even in lightness, and safe for colour-blind eyes
 
@@ -25,7 +25,7 @@ def palette(
     colors = [c for name, c in COLORS.items() if name != 'grey']
     return colors if n is None else [colors[i % len(colors)] for i in range(n)]
 
-# %% ../../nbs/49_viz_style.ipynb #6f6df221
+# %% ../../nbs/49_viz_style.ipynb #fd68fd64
 def template(
     dark:bool=None, # True: light text for a dark page; False: dark text; None: a grey readable on both
 ) -> go.layout.Template:
@@ -36,14 +36,14 @@ def template(
     return go.layout.Template(layout=dict(
         font=dict(color=text, size=13, family='system-ui, "Segoe UI", "DejaVu Sans", sans-serif'), title=dict(x=0, xref='paper', font_size=16),
         paper_bgcolor='rgba(0,0,0,0)', plot_bgcolor='rgba(0,0,0,0)', colorway=palette(), colorscale_sequential=SCALE,
-        xaxis=axis, yaxis=axis, margin=dict(l=60, r=20, t=60, b=50), legend=dict(bgcolor='rgba(0,0,0,0)'),
+        modebar=dict(bgcolor='rgba(0,0,0,0)', color='rgba(128,128,128,.7)', activecolor=COLORS['blue']), xaxis=axis, yaxis=axis, margin=dict(l=60, r=20, t=60, b=50), legend=dict(bgcolor='rgba(0,0,0,0)'),
         hoverlabel=dict(bgcolor='#202020' if dark else '#FAFAFA', font_color='#F0F0F0' if dark else '#202020', bordercolor='#8A8A8A', align='left'),
         updatemenudefaults=control, sliderdefaults=dict(**control, activebgcolor=COLORS['blue'], tickcolor=text)))
 
-# %% ../../nbs/49_viz_style.ipynb #8e3ef654
+# %% ../../nbs/49_viz_style.ipynb #53341077
 CONFIG = dict(displaylogo=False, scrollZoom=True, responsive=True, plotGlPixelRatio=1, toImageButtonOptions=dict(format='png', scale=2))
 
-# %% ../../nbs/49_viz_style.ipynb #ec5b397b
+# %% ../../nbs/49_viz_style.ipynb #ee0d5ff2
 MISSING = 'data:image/svg+xml;base64,' + base64.b64encode(
     b'<svg xmlns="http://www.w3.org/2000/svg" width="64" height="64"><rect width="64" height="64" fill="#8A8A8A" fill-opacity=".35"/><path d="M8 8L56 56M56 8L8 56" stroke="#8A8A8A" stroke-width="3"/></svg>').decode()
 
@@ -63,7 +63,7 @@ def thumbnail(
     image.save(out, 'JPEG', quality=80)
     return 'data:image/jpeg;base64,' + base64.b64encode(out.getvalue()).decode()
 
-# %% ../../nbs/49_viz_style.ipynb #3a574086
+# %% ../../nbs/49_viz_style.ipynb #5dfb26f1
 def escape(
     text, # anything from data
 ) -> str:

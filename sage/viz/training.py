@@ -6,7 +6,7 @@
 __all__ = ['TIMES', 'PANELS', 'distances', 'more_alike', 'anchor_nodes', 'hardness_table', 'edge_sets', 'overlap',
            'training_figure', 'hardness_figure']
 
-# %% ../../nbs/55_viz_training.ipynb #f71c1b7b
+# %% ../../nbs/55_viz_training.ipynb #db29802d
 import textwrap
 
 import numpy as np
@@ -17,7 +17,7 @@ from plotly.subplots import make_subplots
 from ..core import stream
 from .style import COLORS, SCALE, escape, palette, template
 
-# %% ../../nbs/55_viz_training.ipynb #87849e0a
+# %% ../../nbs/55_viz_training.ipynb #c50aea92
 def distances(
     a, # [n, D]
     b, # [m, D]
@@ -38,7 +38,7 @@ def more_alike(
     nearer = (outside < within.min(1)[:, None] - 1e-5) & (outside > 1e-3)               # without the place itself
     return float(100*nearer.mean())
 
-# %% ../../nbs/55_viz_training.ipynb #786ab542
+# %% ../../nbs/55_viz_training.ipynb #ad9b7f03
 def anchor_nodes(
     cliques:pd.DataFrame, # of an epoch
     nodes:pd.DataFrame,   # of the same epoch
@@ -50,7 +50,7 @@ def anchor_nodes(
     else: node = anchors[['place']].merge(nodes[['place', 'node']].drop_duplicates('place'), on='place', how='left').node.set_axis(anchors.index)
     return [n.to_numpy(int) for _, n in node.groupby(anchors.batch)]
 
-# %% ../../nbs/55_viz_training.ipynb #c5bfe35c
+# %% ../../nbs/55_viz_training.ipynb #0c23cce9
 def hardness_table(
     run,          # a `Run`
     batches=10,   # recorded batches of each epoch to look at
@@ -68,7 +68,7 @@ def hardness_table(
         rows.append(dict(drawn=-1, seen=seen, harder=look(random)))
     return pd.DataFrame(rows, columns=['drawn', 'seen', 'harder'])
 
-# %% ../../nbs/55_viz_training.ipynb #db5612cf
+# %% ../../nbs/55_viz_training.ipynb #f5909f02
 def edge_sets(
     run,          # a `Run`
     kind='alike', # 'alike' or 'near'
@@ -90,7 +90,7 @@ def overlap(
         return both/max(len(a) + len(b) - both, 1)
     return pd.DataFrame({b: {a: share(sets[a], sets[b]) for a in sets} for b in sets})
 
-# %% ../../nbs/55_viz_training.ipynb #4ccf7dc9
+# %% ../../nbs/55_viz_training.ipynb #dce3e2d6
 TIMES = dict(embed_s='embedding places', draw_s='drawing batches', graph_s='writing the graph', train_s='training', recall_s='measuring recall')
 PANELS = ('loss', 'pairs mined in a batch', 'hardest pairs of a batch', 'recall', 'time of an epoch', 'time of a step', 'edges of the graph', 'does hard move?', 'look-alikes in common')
 
@@ -119,7 +119,7 @@ def _by_step(fig, row, col, epochs, steps, name, color, unit='', label=None, leg
         mean = epochs[epochs[name].notna()]
         fig.add_scatter(x=mean.epoch - .5, y=mean[name], mode='lines+markers', line=dict(color=color, width=2), name=label or 'mean of an epoch', showlegend=bool(legend), hovertemplate='mean: %{y:.3g}' + unit, row=row, col=col, **look)
 
-# %% ../../nbs/55_viz_training.ipynb #269ef9ea
+# %% ../../nbs/55_viz_training.ipynb #277ab290
 def _recall_panel(fig, run, row, col):
     "A line for each table and K: colour by table, dash by K (said in the panel's title)."
     recall = run.recalls()
@@ -137,7 +137,7 @@ def _time_panel(fig, epochs, row, col):
     for name, color in zip(names, palette()):
         fig.add_bar(x=epochs.epoch, y=epochs[name].fillna(0), name=name[:-2], marker_color=color, legend='legend5', hovertemplate='%{y:.1f} s<extra>' + TIMES[name] + '</extra>', row=row, col=col)
 
-# %% ../../nbs/55_viz_training.ipynb #8e6dc997
+# %% ../../nbs/55_viz_training.ipynb #cdddf58c
 def _edge_panel(fig, epochs, row, col):
     "Shares of kept, new and broken edges."
     names = {f'edges_{s}': (c, d) for s, c, d in (('kept', COLORS['grey'], ''), ('new', COLORS['blue'], '/'), ('broken', COLORS['vermillion'], 'x'))}
@@ -146,7 +146,7 @@ def _edge_panel(fig, epochs, row, col):
     for name, (color, pattern) in names.items():
         if name in epochs: fig.add_bar(x=epochs.epoch, y=100*epochs[name]/total, customdata=epochs[name], name=name[6:], marker=dict(color=color, pattern_shape=pattern), legend='legend7', hovertemplate='%{customdata:,} (%{y:.1f} %)<extra>' + name[6:] + '</extra>', row=row, col=col)
 
-# %% ../../nbs/55_viz_training.ipynb #a53016e8
+# %% ../../nbs/55_viz_training.ipynb #29220941
 def _hardness_panel(fig, table, row, col, legend):
     "Hardness by who drew the batches and who looks at them."
     t = table[table.harder.notna()]
@@ -164,7 +164,7 @@ def _shade(share):
     stops = np.array([[int(COLORS[c][i:i+2], 16) for i in (1, 3, 5)] for c in ('blue', 'purple', 'vermillion')], float)
     return 'rgb({:.0f},{:.0f},{:.0f})'.format(*(np.interp(share, [0, .5, 1], stops[:, c]) for c in range(3)))
 
-# %% ../../nbs/55_viz_training.ipynb #34548ca7
+# %% ../../nbs/55_viz_training.ipynb #01641ea0
 def _overlap_panel(fig, shared, row, col, bar):
     "The matrix of edges in common, as percent."
     if not len(shared): return _absent(fig, row, col, 'no graph recorded yet')
@@ -173,7 +173,7 @@ def _overlap_panel(fig, shared, row, col, bar):
     fig.update_xaxes(type='category', constrain='domain', showgrid=False, row=row, col=col)
     fig.update_yaxes(type='category', autorange='reversed', constrain='domain', showgrid=False, row=row, col=col)
 
-# %% ../../nbs/55_viz_training.ipynb #4f58f136
+# %% ../../nbs/55_viz_training.ipynb #e0673477
 def training_figure(
     run,          # a `Run`
     batches=10,   # recorded batches of each epoch that hardness is measured on
@@ -182,7 +182,7 @@ def training_figure(
 ) -> go.Figure:
     "Loss, mined pairs, recall, times, edges, and whether hard moves. A run without an epoch gives panels that say so."
     epochs, steps = run.metrics('epoch'), run.metrics('step')
-    fig = make_subplots(3, 3, subplot_titles=PANELS, horizontal_spacing=.135, vertical_spacing=.125)
+    fig = make_subplots(3, 3, subplot_titles=PANELS, horizontal_spacing=.165, vertical_spacing=.125)
     _by_step(fig, 1, 1, epochs, steps, 'loss', COLORS['blue'])
     _by_step(fig, 1, 2, epochs, steps, 'mined_pairs', COLORS['green'], 'pairs')
     _by_step(fig, 1, 3, epochs, steps, 'hardest_positive', COLORS['green'], label='positive', legend='legend3')
@@ -195,11 +195,11 @@ def training_figure(
     _overlap_panel(fig, overlap(edge_sets(run)), 3, 3, dict(x=1., xanchor='left', len=.27, y=0, yanchor='bottom'))
     return _finish(fig, run, epochs, dark, height)
 
-# %% ../../nbs/55_viz_training.ipynb #e1cb1821
+# %% ../../nbs/55_viz_training.ipynb #30192fb6
 def _finish(fig, run, epochs, dark, height):
     "Title, axes with units, and a legend beside each panel that needs one."
     last = f'{int(epochs.epoch.max())} epochs' if len(epochs) else 'no epoch finished yet'
-    right, top = [(1 - .27)/3 + c*(1 + .135)/3 + .003 for c in range(3)], [1, .64, .27]
+    right, top = [(1 - .33)/3 + c*(1 + .165)/3 + .003 for c in range(3)], [1, .64, .27]
     place = {n: dict(x=right[(n - 1) % 3], y=top[(n - 1)//3], xanchor='left', yanchor='top', font_size=11, itemwidth=30) for n in (3, 4, 5, 7, 8)}
     fig.update_layout(template=template(dark), height=height, barmode='stack', title=f'Training of {escape(run.path.name)}: {last}', margin=dict(t=90, b=50, r=80), **{f'legend{n}': p for n, p in place.items()})
     titles = (('epoch', 'multi-similarity loss'), ('epoch', 'pairs'), ('epoch', 'descriptor distance'), ('finished epochs', 'recall [%]'), ('finished epochs', 'time [s]'), ('epoch', 'time [s]'),
@@ -211,7 +211,7 @@ def _finish(fig, run, epochs, dark, height):
     fig.for_each_annotation(lambda a: a.update(font_size=11 if a.text.startswith('recall:') else 14), lambda a: a.text in PANELS or a.text.startswith('recall:'))
     return fig
 
-# %% ../../nbs/55_viz_training.ipynb #bd2f063c
+# %% ../../nbs/55_viz_training.ipynb #f6bc8999
 def hardness_figure(
     run,         # a `Run`
     batches=10,  # recorded batches of each epoch
