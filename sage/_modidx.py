@@ -1042,4 +1042,5 @@ d = { 'settings': { 'branch': 'main',
                             'sage.world.make_world': ('world.html#make_world', 'sage/world.py'),
                             'sage.world.photograph': ('world.html#photograph', 'sage/world.py'),
                             'sage.world.test_plan': ('world.html#test_plan', 'sage/world.py'),
+                            'sage.world.test_views': ('world.html#test_views', 'sage/world.py'),
                             'sage.world.training_plan': ('world.html#training_plan', 'sage/world.py')}}}
