@@ -161,7 +161,7 @@ class Features:
         if (ids >= n).any(): F[ids >= n] = self.images[ids[ids >= n] - n]
         return F, which
 
-# %% ../nbs/22_batches.ipynb #f272bc62
+# %% ../nbs/22_batches.ipynb #81f1d21d
 @jit
 def _affinities(rows, xy, F, which, floor):
     "W within a clique, with edges not above `floor` at −inf."
@@ -176,9 +176,10 @@ def _affinities(rows, xy, F, which, floor):
     for u in range(unique):
         for v in range(u): d_vis[u, v] = d_vis[v, u] = distance(F[which[stand_for[u]]], F[which[stand_for[v]]])
     for i in range(m):
-        for j in range(m):
-            if j != i: W[i, j] = -np.hypot(xy[rows[i], 0] - xy[rows[j], 0], xy[rows[i], 1] - xy[rows[j], 1])*d_vis[label[i], label[j]]
-            if not W[i, j] > floor: W[i, j] = -np.inf
+        for j in range(i):
+            x, y = xy[rows[i], 0] - xy[rows[j], 0], xy[rows[i], 1] - xy[rows[j], 1]
+            w = -np.sqrt(x*x + y*y)*d_vis[label[i], label[j]]
+            W[i, j] = W[j, i] = w if w > floor else -np.inf
     return W
 
 @jit
