@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ONLINE', 'FIRST', 'FREE', 'KNOWN', 'save_checkpoint', 'load_weights', 'Supply', 'check_sources', 'fingerprint',
-           'Stopped', 'EpochGraph', 'samplers', 'facing', 'attention_of', 'flat', 'epoch_line', 'parts_of', 'config_of',
+           'EpochGraph', 'samplers', 'facing', 'attention_of', 'flat', 'epoch_line', 'parts_of', 'config_of',
            'open_run', 'quiet_lightning', 'stop_on_signals', 'make_trainer', 'plain_error', 'fit']
 
-# %% ../nbs/43_train.ipynb #cc9a67d7
+# %% ../nbs/43_train.ipynb #d1b75ebe
 import hashlib, logging, re, signal, threading, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,7 +23,7 @@ from .model import SAGE, load_all, read_header, save_sage
 from .graph import GeoSide, epoch_graph
 from .batches import CliqueBatches
 from .retrieval import recall_from_ranks, search
-from .run import Run, answers_of, checkpoint_paths, plain, write_json
+from .run import Run, Stopped, answers_of, checkpoint_paths, plain, write_json
 from .feed import Sources, Steps, Validation, Views, bar, cache_bytes, embed, one_image_each, prefix_cache
 from .settings import Settings, make_model, precision_of
 from .learner import SageModule, load_state, save_state
@@ -116,12 +116,8 @@ def fingerprint(
     rows = pd.util.hash_pandas_object(pd.DataFrame(dict(name=name, place=df.place, x=df.easting, y=df.northing, role=df.role)), index=False)
     return dict(images=len(df), places=len(place_rows(df)[0]), sha256=hashlib.sha256(rows.to_numpy().tobytes()).hexdigest()[:16])
 
-# %% ../nbs/43_train.ipynb #78ef023b
+# %% ../nbs/43_train.ipynb #3e7ef1ff
 ONLINE, FIRST = ('ogc', 'sage', 'diverse'), ('static', 'gws')      # strategies that embed every epoch, or the first time only
-
-class Stopped(Exception):
-    "A training was asked to stop and did, between two steps. `.signum`: the signal, if one asked."
-    signum = None
 
 class EpochGraph(L.Callback):
     "Between epochs: measure, embed, rebuild the graph, draw batches, write the run. At every step: count, log, stop when asked."
