@@ -406,7 +406,7 @@ class Workbench:
 
     def _repr_mimebundle_(self, **kwargs): return self.widget._repr_mimebundle_(**kwargs)
 
-# %% ../nbs/60_workbench.ipynb #22e0232f
+# %% ../nbs/60_workbench.ipynb #a0f7f835
 @patch
 def _round(self:Workbench):
     self.state.refresh()
@@ -427,8 +427,8 @@ def _opened(self:Workbench):
 @patch
 def _complain(self:Workbench, error):
     self.error = error
-    self.say(error if isinstance(error, UserError) else f'{type(error).__name__}: {error}; the whole story is in the log', wrong=True)
     if not isinstance(error, UserError): traceback.print_exception(error)
+    self.say(error if isinstance(error, UserError) else f'{type(error).__name__}: {error}; the whole story is in the log', wrong=True)
 
 @patch
 def _changed(self:Workbench, changed):

@@ -246,7 +246,7 @@ def failure_view(
     right, n = (told.verdict == 'right').sum(), (told.positives > 0).sum()
     return FailureView(traces, f'{escape(_short(found.name, 40))}{epoch_words(found.epoch)}: {right:,} of {n:,} queries right at once<br><sup>R@1 {100*right/max(n, 1):.1f} %' + (f'; lines lead from {"query " + str(chosen[0]) if len(chosen) == 1 else f"{len(chosen)} queries"} to the first {k} answers' + ', numbered by rank'*(len(chosen) == 1) if chosen else '') + '</sup>')
 
-# %% ../../nbs/54_viz_retrieval.ipynb #b91d355c
+# %% ../../nbs/54_viz_retrieval.ipynb #1b514e3f
 def failure_map_figure(
     run,        # a `Run`
     name=None,  # of a validation table; None: the first
@@ -263,7 +263,7 @@ def failure_map_figure(
     for t, (_, symbol, color) in zip(verdicts, VERDICTS.values()):
         fig.add_trace(go.Scattergl(t, mode='markers', hovertemplate='%{text}<extra></extra>').update(marker=dict(symbol=symbol, size=size, color=color, line_width=1.5*(symbol == 'circle-open'))))
     for t, look, word in ((right, RIGHT, 'right'), (wrong, WRONG, 'wrong')): fig.add_trace(go.Scatter(t, mode='lines', line=dict(look, width=2), name=f'to {word} answers', hoverinfo='skip', showlegend=query is not None))
-    fig.add_trace(go.Scatter(ends, mode='markers+text', marker=dict(size=9, symbol='square-open', color=template(dark).layout.font.color), textposition='middle right', textfont=dict(size=14, color=template(dark).layout.font.color), name='answers', hovertemplate='%{hovertext}<extra></extra>', showlegend=False, cliponaxis=False))
+    fig.add_trace(go.Scatter(ends, mode='markers+text', marker=dict(size=9, symbol='square-open', color=template(dark).layout.font.color), textposition='middle right', textfont=dict(size=15, weight=700, shadow='auto', color=template(dark).layout.font.color), name='answers', hovertemplate='%{hovertext}<extra></extra>', showlegend=False, cliponaxis=False))
     fig.add_trace(go.Scatter(ring, mode='markers', marker=dict(size=18, symbol='circle-open', color=COLORS['purple'], line_width=3), hoverinfo='skip', showlegend=False))
     axis = dict(ticksuffix=' m', tickformat=',d')
     fig.update_layout(template=template(dark), title=view.title, height=height, uirevision='failures', dragmode='pan', hovermode='closest', margin=dict(t=80),
