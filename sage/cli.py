@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'train_parser', 'tables_for', 'base_settings', 'sage_train', 'summary', 'recall_table', 'published_lines',
            'eval_parser', 'sage_eval', 'measure', 'show_audit', 'demo_table', 'sage_demo', 'sage_ablate', 'main']
 
-# %% ../nbs/70_cli.ipynb #84282790
+# %% ../nbs/70_cli.ipynb #0c7928aa
 import argparse, sys, time
 from collections import Counter
 from pathlib import Path
@@ -18,6 +18,7 @@ from .formats import FORMATS
 from .run import Run
 from .stream import parse_memory
 from .protocols import SOURCE, Protocol
+from .viz.report import write_report
 from .benchmark import audit, audit_table, evaluate, plot_audit, raw_baselines
 from .settings import Settings, make_model
 from .train import fit
@@ -159,7 +160,7 @@ def show_audit(model, protocol, e, how, out):
         write_csv(measured, Path(out)/f'audit_{protocol.name}.csv')
         with atomic(Path(out)/f'audit_{protocol.name}.png') as part: plot_audit(measured, protocol.title).savefig(part)
 
-# %% ../nbs/70_cli.ipynb #eb9f327c
+# %% ../nbs/70_cli.ipynb #3f29cbdc
 def demo_table(
     baselines:dict, # set → results of the raw backbone
     run:Run, # finished
@@ -188,7 +189,9 @@ def sage_demo(argv):
     run = fit(settings, model, towns['train'], towns['val'], folder)
     print(f'\n{demo_table(baselines, run).to_string(index=False)}\n')
     print(f'{time.perf_counter() - start:.0f} s of training and measuring, peak memory {peak_memory() / 1e9:.1f} GB')
-    print(f'run folder: {run.path}')
+    try: print(f'report with all pictures: {write_report(run)}')
+    except (UserError, OSError) as e: print(f'the report could not be written: {e}', file=sys.stderr)
+    finally: print(f'run folder: {run.path}')
 
 # %% ../nbs/70_cli.ipynb #2c9ec1de
 @command

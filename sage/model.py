@@ -25,7 +25,7 @@ from .backbone import Backbone, explain_mismatch, fingerprint, make_vit, read_te
 from .interact import InteractHead
 from .probing import SoftProbing
 
-# %% ../nbs/14_model.ipynb #c6734a67
+# %% ../nbs/14_model.ipynb #826c7101
 class Maps(NamedTuple):
     "What the pictures need from one forward pass: N images, L patches, K probes."
     beta:torch.Tensor # soft weights β [N, L]
@@ -33,6 +33,7 @@ class Maps(NamedTuple):
     probes:torch.Tensor # probe maps [N, K, L], each sums to 1
     dpn:torch.Tensor # exponents of the backbone's DPNs [N, blocks]
     exponent:torch.Tensor # exponent of the probes' DPN [N]
+    features:torch.Tensor # compressed patches that the probes collect [N, L, D]
     grid:tuple # patches (rows, columns), rows·columns = L
 
 # %% ../nbs/14_model.ipynb #631b1508
@@ -96,11 +97,11 @@ class SAGE(nn.Module, PyTorchModelHubMixin, **HUB):
         with evaluating(self): descriptors = self(images, cross_image, keep).float()
         return (descriptors, _maps(keep, self.backbone.grid(images))) if maps else descriptors
 
-# %% ../nbs/14_model.ipynb #67b3a09c
+# %% ../nbs/14_model.ipynb #737d6378
 def _maps(keep, grid):
     "`Maps` from what the layers kept; the probes' DPN comes last."
     *dpn, exponent = [p.float() for p in keep['exponents']]
-    return Maps(keep['beta'].float(), keep['norms'].float(), keep['probes'].float(), torch.stack(dpn, 1), exponent, grid)
+    return Maps(keep['beta'].float(), keep['norms'].float(), keep['probes'].float(), torch.stack(dpn, 1), exponent, keep['features'].float(), grid)
 
 # %% ../nbs/14_model.ipynb #3b43d620
 def create_sage(

@@ -71,7 +71,7 @@ def _drop_single_branch(module, state, prefix, *_):
     "Published weights hold a `single_branch` that nothing uses."
     for key in [k for k in state if k.startswith(prefix + 'single_branch.')]: del state[key]
 
-# %% ../nbs/12_probing.ipynb #9b048ceb
+# %% ../nbs/12_probing.ipynb #9b641e90
 class SoftProbing(nn.Module):
     "Patches and class token to one descriptor: soft weighting, probes, power norm (SAGE, arXiv 2509.25723, Soft Probing)."
     def __init__(self,
@@ -97,11 +97,12 @@ class SoftProbing(nn.Module):
     def forward(self,
         f:torch.Tensor, # patch features, a map [B, C, h, w] or tokens [B, L, C]
         t:torch.Tensor, # class token [B, C]
-        keep:dict|None=None, # where given, gets `norms`, `beta` [B, L], `probes` [B, K, L] and `exponents` [[B]]
+        keep:dict|None=None, # where given, gets `norms`, `beta` [B, L], `features` [B, L, D], `probes` [B, K, L] and `exponents` [[B]]
     ) -> torch.Tensor:
         "Unit-length descriptors [B, token_dim + probe_dim·probes], float32."
         if f.ndim == 4: f = f.flatten(2).transpose(1, 2)
         f = self.soft_weighting(f, keep)
-        M, attention = probe(self.cluster_features(f), self.score(f))
-        if keep is not None: keep['probes'] = attention.transpose(1, 2)
+        features = self.cluster_features(f)
+        M, attention = probe(features, self.score(f))
+        if keep is not None: keep.update(features=features, probes=attention.transpose(1, 2))
         return assemble(self.token_features(t), self.gpn(M, keep))

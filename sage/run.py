@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEFTOVER', 'FILES', 'KINDS', 'epoch_name', 'plain', 'append_line', 'whole_bytes', 'read_lines', 'Run', 'write_json',
            'epoch_file', 'read_table', 'read_array', 'Answers', 'reduce_descriptors', 'answers_of', 'answer_arrays',
-           'checkpoint_paths', 'remove']
+           'checkpoint_paths', 'Stopped', 'remove']
 
 # %% ../nbs/30_run.ipynb #378db945
 import json, os, re, shutil, zipfile
@@ -335,7 +335,11 @@ def best(self:Run,
     r = r[r.table == (table or next(iter(r.table), ''))]
     return None if r.empty else int(r.epoch[r.recall.idxmax()])
 
-# %% ../nbs/30_run.ipynb #b1286c3e
+# %% ../nbs/30_run.ipynb #a73c07a1
+class Stopped(Exception):
+    "A training was asked to stop and did, between two steps; its run can be resumed. `.signum`: the signal, if one asked."
+    signum = None
+
 def remove(
     path:Path, # file or folder
 ):

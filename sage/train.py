@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ONLINE', 'FIRST', 'FREE', 'KNOWN', 'save_checkpoint', 'load_weights', 'Supply', 'check_sources', 'fingerprint',
-           'Stopped', 'EpochGraph', 'samplers', 'attention_of', 'flat', 'epoch_line', 'parts_of', 'config_of',
+           'EpochGraph', 'samplers', 'facing', 'attention_of', 'flat', 'epoch_line', 'parts_of', 'config_of',
            'open_run', 'quiet_lightning', 'stop_on_signals', 'make_trainer', 'plain_error', 'fit']
 
-# %% ../nbs/43_train.ipynb #cc9a67d7
+# %% ../nbs/43_train.ipynb #d1b75ebe
 import hashlib, logging, re, signal, threading, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,7 +23,7 @@ from .model import SAGE, load_all, read_header, save_sage
 from .graph import GeoSide, epoch_graph
 from .batches import CliqueBatches
 from .retrieval import recall_from_ranks, search
-from .run import Run, answers_of, checkpoint_paths, plain, write_json
+from .run import Run, Stopped, answers_of, checkpoint_paths, plain, write_json
 from .feed import Sources, Steps, Validation, Views, bar, cache_bytes, embed, one_image_each, prefix_cache
 from .settings import Settings, make_model, precision_of
 from .learner import SageModule, load_state, save_state
@@ -116,12 +116,8 @@ def fingerprint(
     rows = pd.util.hash_pandas_object(pd.DataFrame(dict(name=name, place=df.place, x=df.easting, y=df.northing, role=df.role)), index=False)
     return dict(images=len(df), places=len(place_rows(df)[0]), sha256=hashlib.sha256(rows.to_numpy().tobytes()).hexdigest()[:16])
 
-# %% ../nbs/43_train.ipynb #78ef023b
+# %% ../nbs/43_train.ipynb #3e7ef1ff
 ONLINE, FIRST = ('ogc', 'sage', 'diverse'), ('static', 'gws')      # strategies that embed every epoch, or the first time only
-
-class Stopped(Exception):
-    "A training was asked to stop and did, between two steps. `.signum`: the signal, if one asked."
-    signum = None
 
 class EpochGraph(L.Callback):
     "Between epochs: measure, embed, rebuild the graph, draw batches, write the run. At every step: count, log, stop when asked."
@@ -154,7 +150,7 @@ class EpochGraph(L.Callback):
         with self.ticker(f'mining {epoch}: embedding', len(rows)) as tick: d = embed(supply.model, supply.plain, rows, tick=tick, **self.how())
         return (picked, d, None) if s.node_features == 'place' else (picked, d[picked], d)
 
-# %% ../nbs/43_train.ipynb #b78a40a6
+# %% ../nbs/43_train.ipynb #a2ad6e61
 def samplers(
     settings:Settings,
     tables:dict,  # 'mined', and 'labelled' if there is one
@@ -177,7 +173,7 @@ def remember_first(self:EpochGraph, epoch): # a resumed strategy that keeps its 
 @patch
 def mine(self:EpochGraph, epoch): # draws the coming epoch's batches; returns (found, seconds by part)
     s, began = self.settings, time.perf_counter()
-    wanted = s.record_graph or s.strategy in ONLINE or (s.strategy in FIRST and not epoch)
+    wanted = s.strategy in ONLINE or (not epoch and (s.record_graph or s.strategy in FIRST))
     found = self.embed_places(epoch) if wanted else (None, None, None)
     embedded = time.perf_counter()
     for b, (_, d, i) in zip(self.supply.batches, (found, (None, None, None))): b.rebuild(d, epoch, i)
@@ -185,29 +181,53 @@ def mine(self:EpochGraph, epoch): # draws the coming epoch's batches; returns (f
         self.steps.fill(epoch + 1, [[(x, tick(1))[0] for x in islice(b, s.steps)] for b in self.supply.batches])
     return found, dict(embed_s=embedded - began, draw_s=time.perf_counter() - embedded)
 
-# %% ../nbs/43_train.ipynb #731d9b52
+# %% ../nbs/43_train.ipynb #8a29cce5
+def facing(
+    df:pd.DataFrame, # table of places
+    row:int,         # of a query
+    rows,            # of its positives
+) -> int:            # one of `rows`
+    "The positive that looks most nearly the way the query does, to within 10°, then the nearest in metres; one of unknown heading comes after all known ones."
+    mine, others = df.iloc[row], df.iloc[rows]
+    turn = ((others.heading - mine.heading + 180) % 360 - 180).abs().to_numpy(float)
+    metres = np.hypot(others.easting - mine.easting, others.northing - mine.northing).to_numpy()
+    return int(np.asarray(rows)[np.lexsort((metres, np.nan_to_num(turn // 10, nan=18)))[0]])
+
+# %% ../nbs/43_train.ipynb #8806eeab
 def attention_of(
     model:SAGE,
-    validation:Validation, # its first queries and the first answers to them
+    validation:Validation, # its first queries, and a positive to each, see `facing`
+    table:pd.DataFrame,    # its table
     pairs:int=3,           # how many
 ) -> dict:                 # arrays for the run's attention.npz
-    "Soft weights, probe maps and exponents of a few fixed images: the same queries and positives at every epoch."
+    "Soft weights, probe maps, features and exponents of a few fixed images, from one forward pass: the same queries and positives at every epoch."
     v, asked = validation, [i for i, p in enumerate(validation.positives) if len(p)]
     asked = [asked[i] for i in np.unique(np.linspace(0, len(asked) - 1, pairs).round().astype(int))]
-    rows = [r for i in asked for r in (v.queries[i], v.database[v.positives[i][0]])]
+    rows = [r for i in asked for r in (v.queries[i], facing(table, v.queries[i], v.database[v.positives[i]]))]
     pictures = Views(pd.DataFrame(dict(image=v.views.paths)), v.views.transform)
     device = next(model.parameters()).device
     found, maps = model.describe(torch.stack([pictures[r] for r in rows]).to(device), maps=True)
-    arrays = {k: t.cpu().numpy().astype(np.float16 if k == 'probes' else np.float32) for k, t in maps._asdict().items() if k != 'grid'}
+    arrays = {k: t.cpu().numpy().astype(np.float16 if k in ('probes', 'features') else np.float32) for k, t in maps._asdict().items() if k != 'grid'}
     return dict(arrays, descriptors=found.cpu().numpy().astype(np.float16), grid=np.array(maps.grid), images=np.array([v.views.paths[r] for r in rows]), rows=np.array(rows))
+
+# %% ../nbs/43_train.ipynb #1f382a81
+@patch
+def recorded_places(self:EpochGraph, epoch, found): # (row of the image that is written down for each place, descriptors [places, D])
+    picked, descriptors, images = found
+    rows = one_image_each(self.supply.geo.codes, self.settings.seed, 0)
+    if images is not None: return rows, images[rows]
+    if picked is not None and not epoch: return rows, descriptors                                     # mining looked through the same
+    with self.ticker(f'graph {epoch}: embedding', len(rows)) as tick: return rows, embed(self.supply.model, self.supply.plain, rows, tick=tick, **self.how())
 
 @patch
 def graph_record(self:EpochGraph, epoch, found, answers): # writes the epoch's folder; returns what the metrics say of the graph
-    s, run = self.settings, self.run
+    s, run, supply, v = self.settings, self.run, self.supply, self.supply.validations[0]
+    rows, descriptors = self.recorded_places(epoch, found)
     previous = run.edges(epoch - 1) if epoch - 1 in run.epochs() else None
-    graph = epoch_graph(self.supply.geo, found[1], previous, s.similar, found[0], s.tau2)
-    cliques = self.supply.batches[0].cliques_table()
-    run.write_epoch(epoch, graph.nodes, graph.edges, cliques, found[1], attention_of(self.supply.model, self.supply.validations[0]), answers)
+    graph = epoch_graph(supply.geo, descriptors, previous, s.similar, rows, s.tau2)
+    nodes = graph.nodes.assign(mined_image='' if found[0] is None else supply.geo.table.image.to_numpy()[found[0]])
+    cliques = supply.batches[0].cliques_table()
+    run.write_epoch(epoch, nodes, graph.edges, cliques, descriptors, attention_of(supply.model, v, supply.tables[v.name]), answers)
     states = {f'edges_{k}': int((graph.edges.state == k).sum()) for k in ('kept', 'new', 'broken')}
     return states | dict(clique_affinity=cliques[cliques['rank'] > 0].mean_affinity.mean())
 
@@ -250,7 +270,7 @@ def epoch_line(
     loss = [f'loss {row["loss"]:.3f}', f'{row["images_per_s"]:.0f} images/s'] if 'loss' in row else ['untrained']
     return '  '.join([f'epoch {row["epoch"]}/{epochs}', *loss, *recall, f'mining {sum(seconds.values()):.1f} s'])
 
-# %% ../nbs/43_train.ipynb #05ed74ad
+# %% ../nbs/43_train.ipynb #da7059c3
 def parts_of(trainer): # (optimiser, schedule)
     return trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
 
@@ -267,7 +287,7 @@ def on_fit_start(self:EpochGraph, trainer, module):
         extra = load_state(checkpoint_paths(self.run, self.epoch)[1], *parts_of(trainer))
         module.step, trained = extra['step'], extra['trained']
         trainer.precision_plugin.load_state_dict(extra['precision'])
-        if self.epoch and self.settings.strategy in FIRST: self.remember_first(self.epoch)
+        if self.epoch and self.settings.strategy not in ONLINE and (self.settings.record_graph or self.settings.strategy in FIRST): self.remember_first(self.epoch)
     else: self.keep(0, trainer, module, trained)
     self.record(self.epoch, trained)
 

@@ -6,7 +6,7 @@
 __all__ = ['PAGES', 'State', 'Page', 'choices', 'html', 'GraphPage', 'CliquePage', 'AttentionPage', 'gallery', 'EmbeddingPage',
            'RetrievalPage', 'TrainingPage', 'last_row', 'progress', 'Workbench']
 
-# %% ../nbs/60_workbench.ipynb #43fbcde8
+# %% ../nbs/60_workbench.ipynb #19ff2616
 import functools, json, threading, time, traceback
 from pathlib import Path
 
@@ -16,18 +16,17 @@ from fastcore.basics import patch
 
 from .core import UserError
 from .run import Run
-from .train import fit
 from .viz.attention import attended, attention_figure, match_figure, probe_grid, recorded_images
 from .viz.clique import drawn_clique_figure, neighbourhood_figure
-from .viz.embedding import embedding_figure, embedding_positions
+from .viz.embedding import embedding_figure, embedding_positions, principal_positions
 from .viz.graph import graph_figure, graph_view, node_card, score_range, show_view
 from .viz.map import clique_map, map_html
 from .viz.retrieval import answer_table, answered_epochs, failure_map_figure, gallery_figure, recall_curve_figure
 from .viz.style import COLORS, escape, thumbnail
 from .viz.training import training_figure
-from .live import Painter, Plot, Training
+from .live import Later, Painter, Plot, Training
 
-# %% ../nbs/60_workbench.ipynb #daa55edf
+# %% ../nbs/60_workbench.ipynb #9e7e6f66
 class State:
     "What all tabs share. Who listens is told the names of what changed."
     def __init__(self,
@@ -40,6 +39,7 @@ class State:
         self.node, self.image, self.lasso = None, None, None    # chosen: a place (its number), an image (table, row), several (table, rows)
         self.length, self.seen = 0, 0.             # of the metrics, and when they were looked at last
         self.listeners, self.lock = [], threading.RLock()
+        self.laid, self.layouts = 0, Later(lambda key: embedding_positions(run, key[0]), lambda: self.set(laid=self.laid + 1))
         self.refresh()
 
     def set(self, **new):
@@ -48,6 +48,17 @@ class State:
             changed = {k for k, v in new.items() if getattr(self, k) != v}
             for k in changed: setattr(self, k, new[k])
         for tell in self.listeners if changed else (): tell(changed)
+
+    def positions(self,
+        of='places', # or the name of a validation table
+    ) -> tuple:      # (epoch → positions, what laid them out)
+        "Points by likeness: by UMAP once that is done, in a thread; until then by the last layout there is, or by principal components."
+        found = self.layouts.get((of, tuple(self.epochs)))
+        if found and self.epoch in found: return found, 'UMAP'
+        older = [xy for (what, _), (xy, error) in list(self.layouts.done.items()) if what == of and error is None]
+        if older and self.epoch in older[-1]: return older[-1], 'UMAP'
+        if older: return older[-1] | {self.epoch: older[-1][max(older[-1])]}, f'UMAP of epoch {max(older[-1])}; this one is being laid out'
+        return principal_positions(self.run, of, self.epoch), 'principal components; UMAP is coming'
 
     def refresh(self):
         "Look at the run folder: a new epoch is shown at once while `follow` is on, new metrics every two seconds."
@@ -115,10 +126,10 @@ def choices(
 def html(**layout): # a piece of HTML of our own making
     return W.HTML(layout=W.Layout(**layout))
 
-# %% ../nbs/60_workbench.ipynb #fb7e2b89
+# %% ../nbs/60_workbench.ipynb #adae2df2
 class GraphPage(Page):
     "The geo-visual graph of an epoch, and one place of it."
-    title, watches = 'Graph', {'epoch', 'epochs', 'node', 'lasso', 'dark'}
+    title, watches = 'Graph', {'epoch', 'epochs', 'node', 'lasso', 'dark', 'laid'}
     def build(self):
         self.positions = self.on(W.ToggleButtons(options=['map', 'likeness'], style=dict(button_width='90px'), tooltips=['places where they stand', 'places that look alike side by side']))
         self.graph, self.card, self.around = self.plot('click', 'hover', 'window'), html(width='190px', min_width='190px', margin='100px 0 0 0'), self.plot()
@@ -132,12 +143,10 @@ class GraphPage(Page):
             self.kept = dict([(e, t) for e, t in self.kept.items() if e in self.state.epochs][-3:]) | {epoch: (self.run.nodes(epoch), self.run.edges(epoch))}
         return self.kept[epoch]
 
-    def where(self, epoch): # positions of the nodes; None for the map
-        if self.positions.value == 'map': return None
-        self.say('laying out places by likeness; the first time takes some seconds')
-        xy = embedding_positions(self.run)[epoch]
-        self.say('')
-        return xy
+    def where(self): # (positions of the nodes, what laid them out); None for the map
+        if self.positions.value == 'map': return None, ''
+        positions, how = self.state.positions()
+        return positions[self.state.epoch], how
 
     def heard(self, plot, kind, message):
         many = len(self.tables(self.state.epoch)[1]) > 1500
@@ -153,10 +162,10 @@ class GraphPage(Page):
     def turned(self, widget): self.window, self.stale = None, True
 
     def draw(self):
-        s, chosen, xy = self.state, self.selection(), self.where(self.state.epoch)
+        s, chosen, (xy, how) = self.state, self.selection(), self.where()
         nodes, edges = self.tables(s.epoch)
         view = graph_view(nodes, edges, xy, self.window, selection=chosen, epoch=s.epoch)
-        look = (self.positions.value, s.dark, tuple(s.epochs))
+        look = (self.positions.value + how, s.dark, tuple(s.epochs))
         if look != self.figure[0]:
             fig = graph_figure(self.run, s.epoch, xy, dark=s.dark, height=520).update_layout(uirevision=look[0])
             low, high = score_range([self.run.nodes(e) for e in s.epochs])
@@ -232,7 +241,7 @@ class AttentionPage(Page):
         self.match.show(match_figure(self.run, self.image.value//2, s.epoch, dark=s.dark))
         self.grid.show(probe_grid(self.run, self.image.value, s.epoch, dark=s.dark))
 
-# %% ../nbs/60_workbench.ipynb #1b08758b
+# %% ../nbs/60_workbench.ipynb #e766653b
 def gallery(
     images, # paths
     names,  # of each, any text
@@ -244,7 +253,7 @@ def gallery(
 
 class EmbeddingPage(Page):
     "Places or validation images by likeness."
-    title, watches = 'Embedding', {'epoch', 'epochs', 'node', 'image', 'lasso', 'dark'}
+    title, watches = 'Embedding', {'epoch', 'epochs', 'node', 'image', 'lasso', 'dark', 'laid'}
     def build(self):
         self.of = self.on(W.Dropdown(description='points', options=['places', *(self.run.config.get('validation') or [])], layout=W.Layout(width='300px')))
         self.color = self.on(W.Dropdown(description='colour', options=['city', 'place'], layout=W.Layout(width='220px')))
@@ -266,12 +275,11 @@ class EmbeddingPage(Page):
     def draw(self):
         s, of, rows = self.state, self.of.value, self.rows()
         choices(self.color, ['city', 'place', 'condition'] + ['error']*(of != 'places'))
-        self.say('laying out descriptors; the first time takes some seconds')
-        self.picture.show(embedding_figure(self.run, s.epoch, self.color.value, of, rows or None, s.dark, 600).update_layout(dragmode='lasso', uirevision=of))
+        positions, how = s.positions(of)
+        self.picture.show(embedding_figure(self.run, s.epoch, self.color.value, of, rows or None, s.dark, 600, positions, how).update_layout(dragmode='lasso', uirevision=of + how))
         table = self.run.nodes(s.epoch) if of == 'places' else self.run.table(of)
         mine = table.iloc[rows]
         self.chosen.value = gallery(mine.image.tolist(), [f'{c} · place {p}' for c, p in zip(mine.city, mine.place)]) if rows else '<p style="color:#7F7F7F">Click a point, or draw a line around several, to see their pictures.</p>'
-        self.say('')
 
 # %% ../nbs/60_workbench.ipynb #9680519e
 class RetrievalPage(Page):
@@ -398,7 +406,7 @@ class Workbench:
 
     def _repr_mimebundle_(self, **kwargs): return self.widget._repr_mimebundle_(**kwargs)
 
-# %% ../nbs/60_workbench.ipynb #22e0232f
+# %% ../nbs/60_workbench.ipynb #a0f7f835
 @patch
 def _round(self:Workbench):
     self.state.refresh()
@@ -419,8 +427,8 @@ def _opened(self:Workbench):
 @patch
 def _complain(self:Workbench, error):
     self.error = error
-    self.say(error if isinstance(error, UserError) else f'{type(error).__name__}: {error}; the whole story is in the log', wrong=True)
     if not isinstance(error, UserError): traceback.print_exception(error)
+    self.say(error if isinstance(error, UserError) else f'{type(error).__name__}: {error}; the whole story is in the log', wrong=True)
 
 @patch
 def _changed(self:Workbench, changed):
@@ -486,7 +494,7 @@ def _follow(self:Workbench):
     self.state.follow = self.newest.value
     if self.newest.value and self.state.epochs: self.state.set(epoch=self.state.epochs[-1])
 
-# %% ../nbs/60_workbench.ipynb #92633b03
+# %% ../nbs/60_workbench.ipynb #0c722072
 @patch(cls_method=True)
 def training(cls:Workbench,
     settings, model, train_tables, val_tables, # as `sage.train.fit` takes them
@@ -494,6 +502,7 @@ def training(cls:Workbench,
     **kwargs,                                  # for `Workbench`
 ) -> Workbench:
     "Start a training in a thread, or go on with one, and return a workbench on it. Raises `UserError` where settings or data are not fit for it."
+    from sage.train import fit                                    # slow to import (Lightning), so only where something is trained
     path, said = Path(path), []
     def start(stop): fit(settings, model, train_tables, val_tables, path, resume=(path/'config.json').exists(), progress=False, stop=stop)
     job = Training(start, said.append)

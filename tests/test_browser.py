@@ -1,5 +1,5 @@
 """The workbench in JupyterLab in a real browser without a network: what is drawn, what clicks do, and that a training is watched live."""
-import json, os, shutil, subprocess, sys, time, urllib.request
+import io, json, os, shutil, subprocess, sys, time, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -137,6 +137,11 @@ def made_up(path):
 SPOT = """n => {const d = [...document.querySelectorAll('.sage-plot')].filter(d => d.offsetParent)[0], t = d._fullData.find(t => t.name === 'place'), a = d._fullLayout, r = d.getBoundingClientRect(), i = Math.floor(t.x.length*n);
     return [r.left + a.xaxis._offset + a.xaxis.d2p(t.x[i]), r.top + a.yaxis._offset + a.yaxis.d2p(t.y[i])]}"""      # where on the screen the middle node is
 
+def colours(png): # how many there are in a screenshot
+    from PIL import Image
+    picture = Image.open(io.BytesIO(png)).convert('RGB')
+    return len(picture.getcolors(picture.width*picture.height))
+
 def slide(d, kind, text, value): # move a slider by its keys
     s = d.page.locator(f'.widget-hslider:has-text("{text}") .noUi-handle').locator('visible=true').first
     s.focus()
@@ -147,6 +152,7 @@ def slide(d, kind, text, value): # move a slider by its keys
 
 def test_the_graph_is_drawn_once_and_not_blank(desk):
     desk.until(lambda: desk.page.evaluate(INK) > 500)
+    assert colours(desk.page.locator('.sage-plot').locator('visible=true').first.screenshot()) > 50          # and seen: a blank picture has a handful
     assert desk.page.locator('.sage-plot').count() >= 6 and len(desk.heavy) == 1         # ten plots, and plotly's script came once
 
 def test_new_epochs_come_by_themselves_within_two_seconds(desk):
@@ -206,7 +212,8 @@ def test_the_probe_changes(desk):
 
 def test_embedding_lasso_fills_the_gallery(desk):
     desk.tab('Embedding')
-    desk.until(lambda: 'laid out by likeness' in desk.title(), 90)
+    desk.until(lambda: 'laid out by likeness' in desk.title(), 15)                       # by principal components, at once
+    desk.until(lambda: 'likeness (UMAP)' in desk.title(), 90)
     box = desk.page.locator('.sage-plot').locator('visible=true').first.locator('.nsewdrag').first.bounding_box()
     at = lambda a, b: (box['x'] + a*box['width'], box['y'] + b*box['height'])
     desk.page.mouse.move(*at(.05, .05))
@@ -272,6 +279,30 @@ def test_the_report_needs_no_network(desk, browser, tmp_path):
     context.close()
 
 # ---------------------------------------------------------------- a training that is started, watched, held and stopped in the browser
+
+SMALLER = {'import WORLD, world': 'import DEV, WORLD, world', 'world()': 'world(dev=True)', 'WORLD | dict(epochs=3, steps=15, log_every=5)': 'WORLD | DEV | dict(epochs=3, steps=120, log_every=5)'}
+
+def test_the_live_lesson_runs(desk, browser):
+    "Tutorial 4, on a smaller town: the graph changes epoch while the cell below waits for the training."
+    lesson = json.loads((ROOT/'nbs'/'tutorials'/'4_watch_the_graph_evolve.ipynb').read_text())
+    cells = [''.join(c['source']) for c in lesson['cells'] if c['cell_type'] == 'code']
+    for was, now in SMALLER.items():
+        assert sum(was in c for c in cells) == 1, f'the lesson no longer says {was!r}; say here what makes it small'
+        cells = [c.replace(was, now) for c in cells]
+    notebook(desk.folder/'lesson.ipynb', *[c for c in cells if c != 'bench.close()'])
+    d = Desk(browser, desk.url)
+    d.open('lesson.ipynb')
+    d.run_all()
+    d.until(lambda: 'before training' in d.title(), 120)
+    d.until(lambda: d.page.evaluate(INK) > 200)
+    d.until(lambda: 'epoch' in d.title() and 'before' not in d.title(), 60)
+    assert not d.page.evaluate(IDLE), 'the graph changed only after the training'
+    d.until(lambda: 'after 3 epochs' in d.title(), 90)
+    d.page.wait_for_function(IDLE, timeout=60_000)
+    d.page.wait_for_timeout(300)
+    assert d.page.evaluate(INK) > 200 and colours(d.page.locator('.sage-plot').locator('visible=true').first.screenshot()) > 50
+    assert [e for e in d.errors if 'favicon' not in e] == [] and d.asked == [] and d.cell_errors() == []
+    d.context.close()
 
 TRAIN = """from sage.settings import Settings, make_model
 from sage.sources import DEV, WORLD, world

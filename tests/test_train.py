@@ -75,6 +75,8 @@ def test_run_holds_everything(whole):
     assert set(whole.config['tables']) == {'mined', 'labelled', 'unseen'} and len(whole.table('unseen')) == 144
     a = whole.attention(0)
     assert a['beta'].shape == (6, 16) and a['probes'].shape == (6, 8, 16) and (a['images'] == whole.attention(2)['images']).all()
+    assert a['features'].dtype == np.float16 and a['features'].shape[:2] == (6, 16)
+    assert (whole.nodes(0).image == whole.nodes(2).image).all() and (whole.nodes(1).mined_image != whole.nodes(2).mined_image).any()      # the graph is drawn of the same images, mining takes others
     np.testing.assert_allclose(a['probes'].astype(float).sum(2), 1, atol=.01)
     left = {p.name for p in whole.path.iterdir()}
     assert left == {'config.json', 'metrics.jsonl', 'epochs', 'checkpoints', 'tables'}

@@ -17,7 +17,8 @@ def describe(model, seed=0):
     images = torch.randn(4, 3, 56, 84, generator=torch.Generator().manual_seed(seed))
     descriptors, maps = model.describe(images, maps=True)
     hook.remove()
-    return descriptors.numpy(), heard[0].numpy(), {k: np.asarray(v) for k, v in maps._asdict().items()}
+    assert len(heard) == 1 and torch.equal(heard[0], maps.features)                      # what is kept is what was used
+    return descriptors.numpy(), heard[0].numpy(), {k: np.asarray(v) for k, v in maps._asdict().items() if k != 'features'}
 
 def make(path, keep=('descriptors', 'features'), epochs=(0, 1, 3), names=None, **changes):
     "A run folder with attention alone; at each epoch the model asks more sharply."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEIGHBOURS', 'LANDMARKS', 'CORNERS', 'ERRORS', 'KINDS', 'SYMBOLS', 'embeddable', 'embedded_rows', 'settle',
-           'neighbours_of', 'changed', 'layout_step', 'placed', 'embedding_positions', 'place_colors', 'errors_of',
-           'embedding_view', 'embedding_figure', 'point_card']
+           'neighbours_of', 'changed', 'layout_step', 'placed', 'embedding_positions', 'principal_positions',
+           'place_colors', 'errors_of', 'embedding_view', 'embedding_figure', 'point_card']
 
 # %% ../../nbs/53_viz_embedding.ipynb #20b1cd68
 from functools import lru_cache
@@ -112,13 +112,13 @@ def placed(
     out[landmarks] = xy
     return out.astype(np.float32)
 
-# %% ../../nbs/53_viz_embedding.ipynb #5a287bbe
+# %% ../../nbs/53_viz_embedding.ipynb #e1f0c311
 def _reduced(run, of, epoch):
     "Descriptors to lay out [n, ≤64]."
     if of == 'places': return reduce_descriptors(run.descriptors(epoch))
     return np.asarray(run.answers(epoch)[of].reduced, np.float32)
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def _chain(path, of, epochs, seed, most):
     "(positions at the last of `epochs`, those of its landmarks, their neighbours). `epochs`: pairs of number and time of the file, which make the key."
     x = _reduced(Run(path), of, epochs[-1][0])
@@ -141,6 +141,17 @@ def embedding_positions(
         keys += ((e, (run.path/'epochs'/f'{e:04d}'/file).stat().st_mtime_ns),)
         out[e] = _chain(str(run.path), of, keys, seed, most)[0]
     return out
+
+def principal_positions(
+    run,          # a `Run`
+    of='places',  # or the name of a validation table
+    epoch=-1,     # finished epochs; negative counts from the last
+) -> dict:        # that epoch → positions [n, 2] float32
+    "The first two principal components: at once, where UMAP takes its time. Raises `UserError` naming what there is to lay out."
+    epochs = _checked(run, of)
+    e = epochs[epoch] if -len(epochs) <= epoch < 0 else epoch
+    if e not in epochs: raise UserError(f'{run.path}: no epoch {epoch} of {of}; there are {epochs}')
+    return {e: settle(np.pad(_reduced(run, of, e), ((0, 0), (0, 2)))[:, :2])}
 
 # %% ../../nbs/53_viz_embedding.ipynb #959aada6
 CORNERS = np.array([[[0, 58, 110], [110, 180, 235]], [[150, 60, 0], [250, 190, 90]]], float)      # [west, east] × [south, north]
@@ -167,7 +178,7 @@ def errors_of(
     out[answers.queries] = np.select([answers.positives == 0, first, answers.right.any(1)], ['unanswerable', 'right', 'later'], 'wrong')
     return out
 
-# %% ../../nbs/53_viz_embedding.ipynb #7257b9d3
+# %% ../../nbs/53_viz_embedding.ipynb #c1b4738d
 KINDS = ('place', 'city', 'condition', 'error')
 SYMBOLS = ('circle', 'diamond', 'square', 'triangle-up', 'cross', 'star')
 
@@ -189,7 +200,8 @@ def embedding_view(
     color='city',   # 'place', 'city', 'condition' or 'error'
     of='places',    # or the name of a validation table
     selection=None, # row numbers: ringed
-    positions=None, # from `embedding_positions`; None: computed
+    positions=None, # from `embedding_positions` or `principal_positions`; None: computed
+    how='UMAP',     # what laid them out, for the title
 ) -> View:          # for `sage.viz.graph.show_view`
     "Arrays of all traces of the embedding figure at an epoch. Raises `UserError` naming the choices."
     epochs = _checked(run, of)
@@ -206,7 +218,7 @@ def embedding_view(
     if len(chosen) and not 0 <= chosen[0] <= chosen[-1] < len(rows): raise UserError(f'row {chosen[-1] if chosen[0] >= 0 else chosen[0]} is selected, but {of} has {len(rows)} rows')
     traces.append(dict(x=xy[chosen, 0], y=xy[chosen, 1]))
     what = 'places' if of == 'places' else f'images of {escape(of)}'
-    return View(traces, f'{len(rows):,} {what}{epoch_words(e)}, laid out by likeness<br><sup>coloured by {_said(color)}; near means alike, axes and far distances mean nothing</sup>')
+    return View(traces, f'{len(rows):,} {what}{epoch_words(e)}, laid out by likeness ({how})<br><sup>coloured by {_said(color)}; near means alike, axes and far distances mean nothing</sup>')
 
 def _said(color):
     return dict(place='where they stand: blue west, orange east, lighter north', error='how they were answered').get(color, color)
@@ -216,7 +228,7 @@ def _hover(rows):
     label, condition = place_labels(rows), rows.condition.astype(str)
     return label + condition.map({c: f'<br>{escape(c)}' if c else '' for c in condition.unique()}).to_numpy(dtype=object)
 
-# %% ../../nbs/53_viz_embedding.ipynb #177fa4d6
+# %% ../../nbs/53_viz_embedding.ipynb #c92bdde7
 def embedding_figure(
     run,            # a `Run`
     epoch=None,     # None: all, with a slider; a number: that one; negative counts from the last
@@ -225,11 +237,13 @@ def embedding_figure(
     selection=None, # row numbers: ringed
     dark=None,      # see `template`
     height=640,     # pixels
+    positions=None, # see `embedding_view`
+    how='UMAP',
 ) -> go.Figure:
     "Descriptors laid out on a plane, epoch by epoch. WebGL, so 50,000 points move smoothly."
     epochs = _checked(run, of) if epoch is None else [epoch]
-    positions = embedding_positions(run, of)
-    views = {e: embedding_view(run, e, color, of, selection, positions) for e in epochs}
+    positions = embedding_positions(run, of) if positions is None else positions
+    views = {e: embedding_view(run, e, color, of, selection, positions, how) for e in epochs}
     last, n = views[epochs[-1]], len(next(iter(positions.values())))
     size = float(np.clip(220/max(n, 1)**.5, 2.5, 9))
     fig = go.Figure([go.Scattergl(t, mode='markers', hovertemplate='%{text}<extra></extra>', showlegend=bool(t['name'])).update(marker=dict(size=size, opacity=.85, line_width=0)) for t in last.traces[:-1]])

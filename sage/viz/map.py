@@ -209,10 +209,10 @@ def _nodes_of(nodes, places):
     number = {(c, p): n for c, p, n in zip(nodes.city, nodes.place, nodes.node)}
     return np.array([number[c, p] for c, p in zip(places.city, places.place)])
 
-# %% ../../nbs/51_viz_map.ipynb #d6c8a6f9
+# %% ../../nbs/51_viz_map.ipynb #b6f1f64d
 def _star(color='', text=''):
     "An icon of a star with a number."
-    return folium.DivIcon(html=f'<div class="sage-star" style="color:{color}">★<span style="font-size:12px;font-weight:600;color:#222;vertical-align:super;text-shadow:0 0 3px #fff,0 0 3px #fff">{text}</span></div>', icon_size=(30, 22), icon_anchor=(11, 11), class_name='')
+    return folium.DivIcon(html=f'<div class="sage-star" style="color:{color}">★<span style="font-size:12px;font-weight:600;color:#222;vertical-align:super;text-shadow:-1px 0 #fff,1px 0 #fff,0 1px #fff,0 -1px #fff,0 0 4px #fff">{text}</span></div>', icon_size=(30, 22), icon_anchor=(11, 11), class_name='')
 
 def _hard_lines(members, hard):
     "Dashed lines between slots that look alike."

@@ -1,0 +1,150 @@
+"""The sizes of the workbench in a browser without a network: 50,000 places with 500,000 edges, 20,000 points on a map, a burst, all tabs of a run.
+
+    python bench/browser.py [--run RUN]          RUN: a run folder with attention maps whose workbench is opened; default a made-up one
+
+Prints seconds beside the bar of each; nothing is asserted. Needs what tests/test_browser.py needs: JupyterLab, playwright, chromium.
+"""
+import subprocess, sys, tempfile, time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT/'tests'), str(Path(__file__).parent)]
+from common import arguments, keep
+from test_browser import CHROMIUM, INK, Desk, lab, made_up, notebook, slide, sync_api
+
+TABS = ('Graph', 'Cliques', 'Attention', 'Embedding', 'Retrieval', 'Training')
+DRAWN = "() => [...document.querySelectorAll('.sage-plot')].some(d => d.offsetParent && d.dataset.drawn)"
+
+
+def large_run(path, n=50_000, m=500_000, epochs=3, seed=0):
+    "A run folder with a graph of n places and m stored edges in each epoch, and no pictures."
+    from sage.run import Run
+    g = np.random.default_rng(seed)
+    run = Run.create(path, dict(settings={}, validation=[]))
+    xy, empty = g.normal(0, 4000, (n, 2)), pd.DataFrame(dict(batch=[], slot=[], place=[], image=[], rank=[], mean_affinity=[]))
+    nodes = pd.DataFrame(dict(node=np.arange(n), city='Largetown', place=np.arange(n), easting=5e5 + xy[:, 0], northing=5.8e6 + xy[:, 1], lat=np.nan, lon=np.nan, image='', seed_score=-g.gamma(2, 5, n)))
+    for e in range(epochs):
+        src, dst = g.integers(0, n, (2, m))
+        d_geo, d_vis = np.hypot(*(xy[src] - xy[dst]).T), g.uniform(.4, 1.4, m)
+        edges = pd.DataFrame(dict(src=np.minimum(src, dst), dst=np.maximum(src, dst), d_geo=d_geo, d_vis=d_vis, affinity=-d_geo*d_vis, kind='alike', state=g.choice(['kept', 'new', 'broken'], m, p=[.6, .2, .2])))
+        run.write_epoch(e, nodes, edges, empty, g.normal(size=(n, 8)))
+        run.log(kind='epoch', epoch=e, edges_kept=1, edges_new=1, edges_broken=1)
+    return run
+
+
+def figure_time(run):
+    "Seconds for the graph figure of the newest epoch, imports apart."
+    from sage.viz.graph import graph_figure
+    start = time.perf_counter()
+    graph_figure(run, -1)
+    return time.perf_counter() - start
+
+
+def map_page(path, n=20_000, seed=0):
+    "A map with n points as a page."
+    import folium
+    from sage.viz.map import empty_map, features, fit, layer, map_html
+    g = np.random.default_rng(seed)
+    at = g.normal(0, 2000, (n, 2))
+    m = empty_map(degrees=False)
+    layer(features('Point', at, tip=[f'place {i}' for i in range(n)]), marker=folium.CircleMarker(radius=3, weight=1, fill=True)).add_to(m)
+    fit(m, at)
+    path.write_text(map_html(m))
+    return path
+
+
+def timed(f):
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+def map_time(browser, path):
+    "Seconds from opening the page until its canvas has ink, and the points that are drawn."
+    context = browser.new_context(viewport=dict(width=1440, height=900), offline=True)
+    page, start = context.new_page(), time.perf_counter()
+    page.goto(path.as_uri())
+    page.wait_for_function("() => {const c = document.querySelector('canvas'); if (!c || !c.width) return false; const p = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; let n = 0; for (let i = 3; i < p.length; i += 4) n += p[i] > 0; return n > 5000}", timeout=60_000)
+    took = time.perf_counter() - start
+    drawn = page.evaluate("() => {let n = 0; for (const k in window) if (window[k] instanceof L.Map) window[k].eachLayer(l => n += l instanceof L.CircleMarker); return n}")
+    context.close()
+    return took, drawn
+
+
+def desk_of(browser, url, run):
+    "A notebook with a workbench on a run, not yet run."
+    d = Desk(browser, url)
+    d.open('work.ipynb')
+    return d
+
+
+def large_in_browser(browser, run, folder):
+    "Seconds of a step of the slider until it is painted, and of a burst of a hundred figures."
+    notebook(folder/'work.ipynb', f'from sage.workbench import Workbench\nbench = Workbench({str(run.path)!r})\nbench')
+    with lab(folder) as url:
+        d = desk_of(browser, url, run)
+        d.run_all()
+        d.until(lambda: 'after 2 epochs' in d.title() and d.page.evaluate(INK) > 1000, 120)
+        steps = []
+        for e in (1, 0, 1):
+            start = time.perf_counter()
+            slide(d, 'epoch', 'epoch', e)
+            d.until(lambda: ('before training' if e == 0 else 'after 1 epoch ') in d.title(), 60)
+            steps.append(time.perf_counter() - start)
+        d.page.evaluate("""() => {window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({code: `
+import copy
+fig = bench.pages[0].figure[1]
+for i in range(100): fig.layout.title.text = f'burst {i}'; bench.pages[0].graph.show(copy.copy(fig))
+`}); return null}""")
+        start = time.perf_counter()
+        d.until(lambda: d.title() == 'burst 99', 120)
+        burst = time.perf_counter() - start
+        drawn = d.page.evaluate("() => +[...document.querySelectorAll('.sage-plot')].filter(d => d.offsetParent)[0].dataset.drawn")
+        return steps, burst, drawn, d.errors
+
+
+def tabs_in_browser(browser, run, folder):
+    "Seconds from running the cell until each tab is painted, one after another."
+    notebook(folder/'work.ipynb', f'from sage.workbench import Workbench\nbench = Workbench({str(run.path)!r})\nbench')
+    with lab(folder) as url:
+        d, out = desk_of(browser, url, run), {}
+        start = time.perf_counter()
+        d.run_all()
+        for tab in TABS:
+            if tab != 'Graph': d.tab(tab)
+            d.until(lambda: d.page.evaluate(DRAWN), 120)
+            out[tab] = time.perf_counter() - start
+        return out, len(d.heavy), d.errors
+
+
+def main():
+    parser = arguments(__doc__)
+    parser.add_argument('--run', metavar='RUN', help='run folder whose tabs are opened; default a made-up one')
+    args, rows = parser.parse_args(), []
+    def say(what, seconds, bar, **more):
+        rows.append(dict(what=what, seconds=round(seconds, 2), bar=bar, **more))
+        print(f'{what:<58} {seconds:6.2f} s   bar {bar:g} s   {seconds/bar:.2f} of it   {more or ""}', flush=True)
+    from sage.run import Run
+    with tempfile.TemporaryDirectory() as tmp, sync_api.sync_playwright() as p:
+        tmp = Path(tmp)
+        for name in ('large', 'small'): (tmp/name).mkdir()
+        large = large_run(tmp/'large'/'run', seed=args.seed)
+        figure_time(large)                                                          # imports, and files into memory
+        say('graph figure of 50,000 places and 500,000 edges', figure_time(large), 5)
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
+        took, drawn = map_time(browser, map_page(tmp/'map.html', seed=args.seed))
+        say('map of 20,000 points, from opening to drawn', took, 3, points=drawn)
+        steps, burst, drawn, errors = large_in_browser(browser, large, tmp/'large')
+        say('a step of the slider at that size, the slowest of three', max(steps), 2, all=[round(s, 2) for s in steps])
+        say('a burst of 100 figures at that size, until the last is seen', burst, 10, drawn=drawn, errors=errors)
+        run = Run(args.run) if args.run else made_up(tmp/'small'/'run')
+        tabs, scripts, errors = tabs_in_browser(browser, run, tmp/'small')
+        say('the workbench with all tabs, from running its cell', max(tabs.values()), 15, scripts=scripts, errors=errors, tabs={t: round(s, 2) for t, s in tabs.items()})
+        browser.close()
+    keep('browser', args, rows, packages=('plotly', 'anywidget', 'ipywidgets', 'jupyterlab', 'folium'))
+
+
+if __name__ == '__main__': main()
