@@ -6,8 +6,8 @@
 __all__ = ['UserError', 'MissingPath', 'existing', 'seed_of', 'stream', 'torch_stream', 'pick_device', 'pick_precision',
            'cache_dir', 'data_root', 'atomic', 'peak_memory']
 
-# %% ../nbs/00_core.ipynb #0a95bd4f
-import hashlib, os, shutil, sys, uuid
+# %% ../nbs/00_core.ipynb #d29e15d5
+import errno, hashlib, os, shutil, sys, uuid
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -113,7 +113,7 @@ def data_root(
     "Folder of data sets: `path`, else $SAGE_DATA, else `cache_dir('data')`. It is not created."
     return Path(path or os.environ.get('SAGE_DATA') or cache_dir('data')).expanduser().absolute()
 
-# %% ../nbs/00_core.ipynb #99478342
+# %% ../nbs/00_core.ipynb #733edbba
 def _remove(path):
     "Remove a file or a folder, if it is there."
     if path.is_dir(): shutil.rmtree(path)
@@ -131,7 +131,7 @@ def _fsync(path):
 def atomic(
     path, # file (or new folder) to write; missing parents are made
 ):
-    "Yield a temporary path beside `path`; on success it is synced and renamed to `path`, on any error removed and the error passed on."
+    "Yield a temporary path beside `path`; on success it is synced and renamed to `path`, on any error removed and the error passed on. An OSError names `path`."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}')
@@ -142,6 +142,9 @@ def atomic(
         handle = os.open(path.parent, os.O_RDONLY)
         try: os.fsync(handle)
         finally: os.close(handle)
+    except OSError as e:
+        if isinstance(e, UserError) or not str(e.filename or temporary).startswith(str(temporary)): raise
+        raise OSError(e.errno or errno.EIO, e.strerror or str(e), str(path)) from e
     finally: _remove(temporary)
 
 # %% ../nbs/00_core.ipynb #f0d118fb

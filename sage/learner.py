@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['hardness', 'SageModule', 'save_state', 'load_state']
 
-# %% ../nbs/35_learner.ipynb #b4464ed6
+# %% ../nbs/35_learner.ipynb #d407b85d
 import json
 from collections import Counter
-import lightning as L, numpy as np, safetensors, torch
+import lightning as L, numpy as np, torch
 import torch.nn.functional as F
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner
-from safetensors.torch import load_file, save_file
-from .core import UserError, atomic, seed_of
-from .model import SAGE
+from .core import UserError, seed_of
+from .model import SAGE, read_tensors, write_tensors
 from .feed import by_source, run_views
 from .settings import Settings
 
@@ -68,7 +67,7 @@ class SageModule(L.LightningModule):
         self.sums.update(self.last, steps=1)
         return loss
 
-# %% ../nbs/35_learner.ipynb #87232a78
+# %% ../nbs/35_learner.ipynb #76205333
 def save_state(
     path,      # *.resume.safetensors
     optimizer, # torch optimiser
@@ -79,7 +78,7 @@ def save_state(
     state = optimizer.state_dict()
     tensors = {f'{i}.{name}': torch.as_tensor(v).detach().cpu().contiguous().clone() for i, s in state['state'].items() for name, v in s.items()}
     header = dict(groups=state['param_groups'], schedule=schedule.state_dict(), extra=extra)
-    with atomic(path) as part: save_file(tensors, part, metadata={'state': json.dumps(header)})
+    write_tensors(path, tensors, {'state': json.dumps(header)})
 
 def load_state(
     path,      # from `save_state`
@@ -87,12 +86,12 @@ def load_state(
     schedule,  # of the same optimiser
 ) -> dict:     # the extra
     "Put the state back. Raises UserError where the file is damaged."
+    tensors, header = read_tensors(path)
     try:
-        with safetensors.safe_open(path, 'pt') as f: header = json.loads(f.metadata()['state'])
-        state = {}
-        for key, v in load_file(path).items(): state.setdefault(int(key.split('.')[0]), {})[key.split('.')[1]] = v
+        header, state = json.loads(header['state']), {}
+        for key, v in tensors.items(): state.setdefault(int(key.split('.')[0]), {})[key.split('.')[1]] = v
         optimizer.load_state_dict(dict(state=state, param_groups=header['groups']))
         schedule.load_state_dict(header['schedule'])
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
         raise UserError(f'{path}: damaged, the training cannot go on from it ({e}); delete this file to go on from the epoch before') from None
     return header['extra']

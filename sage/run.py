@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['LEFTOVER', 'FILES', 'KINDS', 'epoch_name', 'plain', 'append_line', 'whole_bytes', 'read_lines', 'Run', 'write_json',
            'epoch_file', 'read_table', 'read_array', 'Answers', 'reduce_descriptors', 'answers_of', 'answer_arrays',
-           'checkpoint_paths', 'remove']
+           'checkpoint_paths', 'remove', 'sweep', 'started', 'alone', 'holder']
 
-# %% ../nbs/30_run.ipynb #378db945
-import json, os, re, shutil, zipfile
+# %% ../nbs/30_run.ipynb #7dc2206b
+import fcntl, json, os, platform, re, shutil, time, zipfile
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import UserError, MissingPath, atomic, stream
 
-# %% ../nbs/30_run.ipynb #feb6ed06
-LEFTOVER = r'\.(config|metrics|\d+(\.resume)?)-[0-9a-f]{8}'    # names of writes that were interrupted
+# %% ../nbs/30_run.ipynb #b0beb18a
+LEFTOVER = r'\.(config|metrics|failed|\d+(\.resume)?)-[0-9a-f]{8}'    # names of writes that were interrupted
 FILES = ('nodes', 'edges', 'cliques')                       # the tables of an epoch, each a parquet file
 
 def epoch_name(
@@ -79,7 +80,7 @@ def read_lines(
         rows.append(row)
     return rows
 
-# %% ../nbs/30_run.ipynb #f43a4115
+# %% ../nbs/30_run.ipynb #81056d2a
 class Run:
     "A training's folder: settings, metrics, what each epoch saw, checkpoints. Reading never changes it."
     def __init__(self,
@@ -88,7 +89,7 @@ class Run:
         self.path = Path(path)
         if not self.path.is_dir(): raise MissingPath(f'{path}: no such run folder; sage_train --run {path} makes one')
         if not (self.path/'config.json').is_file():
-            raise UserError(f'{path}: not a run folder, it holds no config.json; give the folder that sage_train named at its end')
+            raise UserError(f'{path}: not a run folder, it holds no config.json; give the folder that sage_train named at its end, or start it without --resume')
 
     @classmethod
     def create(cls,
@@ -102,6 +103,7 @@ class Run:
         if (path/'config.json').exists() or (path/'metrics.jsonl').exists():
             raise UserError(f'{path}: holds a run already; resume it with --resume, or choose another folder')
         for sub in ('epochs', 'checkpoints', 'tables'): (path/sub).mkdir(parents=True, exist_ok=True)
+        sweep(path) # of one that was killed while it began
         files = {name: f'{i:02d}.parquet' for i, name in enumerate(tables or {})}
         for name, file in files.items():
             with atomic(path/'tables'/file) as part: tables[name].to_parquet(part, index=False)
@@ -335,7 +337,7 @@ def best(self:Run,
     r = r[r.table == (table or next(iter(r.table), ''))]
     return None if r.empty else int(r.epoch[r.recall.idxmax()])
 
-# %% ../nbs/30_run.ipynb #b1286c3e
+# %% ../nbs/30_run.ipynb #3b9de5a6
 def remove(
     path:Path, # file or folder
 ):
@@ -346,17 +348,23 @@ def remove(
 def truncate(self:Run,
     epoch:int, # the last epoch to keep
 ):
-    "Drop metrics, records and checkpoints later than `epoch`, records without a row in the metrics, and temporary leftovers."
+    "Drop metrics, records and checkpoints later than `epoch`, its record where the metrics have no row of it, and temporary leftovers."
     log = self.path/'metrics.jsonl'
     rows = [r for r in read_lines(log) if r.get('epoch', 0) <= epoch]
     if log.exists():
         with atomic(log) as part: part.write_text(''.join(json.dumps(r) + '\n' for r in rows))
     logged = {r.get('epoch') for r in rows if r.get('kind', 'epoch') == 'epoch'}
     for e in self.epochs():
-        if e not in logged: remove(self.path/'epochs'/epoch_name(e))
+        if e >= epoch and e not in logged: remove(self.path/'epochs'/epoch_name(e))
     for p in (self.path/'checkpoints').glob('[0-9]*'):
         if int(p.name.split('.')[0]) > epoch: remove(p)
-    for folder in (self.path, self.path/'epochs', self.path/'checkpoints'):
+    sweep(self.path)
+
+def sweep(
+    path:Path, # a run folder
+):
+    "Remove what interrupted writes left behind; other people's files stay."
+    for folder in (path, *(path/sub for sub in ('epochs', 'checkpoints', 'tables'))):
         for p in folder.glob('.*'):
             if re.match(LEFTOVER, p.name): remove(p)
 
@@ -366,3 +374,56 @@ def discard(self:Run):
     if (self.path/'metrics.jsonl').exists(): return
     for name in ('epochs', 'checkpoints', 'tables', 'config.json'): remove(self.path/name)
     if not any(self.path.iterdir()): self.path.rmdir()
+
+# %% ../nbs/30_run.ipynb #f8e4de47
+def started(
+    pid:int, # number of a process on this machine
+) -> str:    # '' where it has ended
+    "When a process was started, as the system counts it."
+    try:
+        if not os.path.exists('/proc/self/stat'): os.kill(pid, 0); return 'unknown'                 # macOS
+        state = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+    except (ProcessLookupError, FileNotFoundError): return ''
+    except PermissionError: return 'unknown'                                                        # another user's: it is there
+    return '' if state[0] in 'ZX' else f'{Path("/proc/sys/kernel/random/boot_id").read_text().strip()} {state[19]}'
+
+@contextmanager
+def _one_at_a_time(path): # the file at `path`, open, while nobody else is in here; made where it is not there
+    while True:
+        with open(path, 'a+') as f:
+            with suppress(OSError): fcntl.flock(f, fcntl.LOCK_EX)                                    # a network disk without locks goes on without
+            try: same = os.stat(path).st_ino == os.fstat(f.fileno()).st_ino                          # its holder may have removed it meanwhile
+            except FileNotFoundError: same = False
+            if same: yield f; return
+
+@contextmanager
+def alone(
+    path, # a run folder; made where it is not there
+):
+    "Hold a run folder against every other process. Raises UserError naming the one that has it; one that has ended has it no more."
+    lock, me = Path(path)/'lock.json', dict(pid=os.getpid(), host=platform.node(), started=started(os.getpid()), since=time.strftime('%Y-%m-%d %H:%M'))
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(lock) as f:
+        owner = holder(lock)
+        if owner: raise UserError(f'{path}: process {owner["pid"]} on {owner["host"]} has been writing this run since {owner["since"]}; wait for it, stop it, or choose another folder' + (f' (if it has ended, remove {lock})' if owner['host'] != me['host'] else ''))
+        f.truncate(0)
+        f.write(json.dumps(me))
+    try: yield
+    finally:
+        with suppress(OSError): # a lock that cannot be removed is nobody's once this process ends
+            if _read_lock(lock) == me: lock.unlink()
+            lock.parent.rmdir() # only where a run never began
+
+def _read_lock(lock):
+    try: owner = json.loads(lock.read_text())
+    except (OSError, ValueError): return {}
+    return owner if isinstance(owner, dict) and {'pid', 'host', 'started', 'since'} <= {*owner} and isinstance(owner['pid'], int) else {}
+
+def holder(
+    lock:Path, # a run's lock.json
+) -> dict:     # pid, host, started, since; {} where nobody holds it
+    "Who writes a run."
+    owner = _read_lock(lock)
+    if owner.get('host') != platform.node(): return owner
+    now = started(owner['pid'])
+    return owner if now and now == owner['started'] else {}
