@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'train_parser', 'tables_for', 'base_settings', 'sage_train', 'summary', 'recall_table', 'published_lines',
            'eval_parser', 'sage_eval', 'measure', 'show_audit', 'demo_table', 'sage_demo', 'sage_ablate', 'main']
 
-# %% ../nbs/70_cli.ipynb #06e841c0
+# %% ../nbs/70_cli.ipynb #bf4f2d55
 import argparse, sys, time
 from collections import Counter
 from pathlib import Path
@@ -27,9 +27,9 @@ from .cli_export import sage_export, sage_pca
 from .cli_data import sage_data
 from .cli_report import sage_report
 from .cli_photos import sage_describe, sage_where
-from .command import Parser, add_settings, can_hold, command, count, eval_side, free_folder, metres, model_of, new_run, said, settings_from, size, write_csv
+from .command import Parser, add_settings, can_hold, command, count, eval_side, free_folder, max_bad_flag, metres, model_of, new_run, said, settings_from, size, write_csv
 
-# %% ../nbs/70_cli.ipynb #0aa75de0
+# %% ../nbs/70_cli.ipynb #9f0d0b28
 def train_parser():
     "Arguments of `sage_train`."
     p = Parser('sage_train', description='Train SAGE on geotagged images; everything is written to a run folder that --resume goes on with.')
@@ -39,13 +39,15 @@ def train_parser():
     p.add_argument('--run', metavar='FOLDER', help='run folder; default runs/<strategy>-<seed>')
     p.add_argument('--resume', action='store_true', help='go on with the run in --run; its settings are taken, and its data where --data is not given')
     p.add_argument('--scan', action=argparse.BooleanOptionalAction, default=True, help='decode every image once beforehand, so that unreadable ones are left out')
+    max_bad_flag(p)
     p.add_argument('--quiet', action='store_true', help='no bars')
     add_settings(p)
     return p
 
 def tables_for(args):
     "Training and validation tables: from --data and --val, or those that the resumed run remembers."
-    if args.data: return training_tables(args.data, args.format or ['auto'], args.scan), validation_tables(args.val, args.data, args.scan)
+    how = args.scan, args.max_bad
+    if args.data: return training_tables(args.data, args.format or ['auto'], *how), validation_tables(args.val, args.data, *how)
     run = Run(args.run)
     tables = {name: run.table(name) for name in run.config.get('tables', {})}
     return {n: t for n, t in tables.items() if n in ('mined', 'labelled')}, {n: t for n, t in tables.items() if n not in ('mined', 'labelled')}
@@ -94,7 +96,7 @@ def published_lines(
     head = 'published (' + SOURCE + ')' if protocol.published else ''
     return [head] * bool(head) + [f'  {label:<22} ' + '  '.join(f'R@{k} {v:5.1f}' for k, v in zip((1, 5, 10), row)) for label, row in protocol.published.items()]
 
-# %% ../nbs/70_cli.ipynb #6e94baf7
+# %% ../nbs/70_cli.ipynb #9ebf9026
 def eval_parser():
     "Arguments of `sage_eval`."
     p = Parser('sage_eval', description='Recall of a checkpoint on benchmarks or folders, with the protocol it was measured by.')
@@ -119,6 +121,7 @@ def eval_parser():
     p.add_argument('--precision', default='auto', help='auto, 32, bf16, 16')
     p.add_argument('--out', metavar='FOLDER', help='also write results.csv, and the audit table and figure, here')
     p.add_argument('--scan', action=argparse.BooleanOptionalAction, default=True, help='decode every image once beforehand, so that unreadable ones are left out')
+    max_bad_flag(p)
     p.add_argument('--quiet', action='store_true', help='no bars')
     return p
 
@@ -128,7 +131,7 @@ def sage_eval(argv):
     args = eval_parser().parse_args(argv)
     names = [n for part in args.benchmark for n in part.split(',')]
     if args.out: can_hold(args.out)
-    sets = evaluation_sets(args.data, names, data_root(args.data_root), args.frames, args.radius, args.scan)
+    sets = evaluation_sets(args.data, names, data_root(args.data_root), args.frames, args.radius, args.scan, args.max_bad)
     model, name, trained = model_of(args)
     device = pick_device(args.device)
     model.to(device).eval()

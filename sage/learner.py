@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['hardness', 'SageModule', 'save_state', 'load_state']
 
-# %% ../nbs/35_learner.ipynb #d407b85d
+# %% ../nbs/35_learner.ipynb #43fc8d5a
 import json
 from collections import Counter
 import lightning as L, numpy as np, torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner
 from .core import UserError, seed_of
-from .model import SAGE, read_tensors, write_tensors
+from .model import SAGE, read_checked, write_checked
 from .feed import by_source, run_views
 from .settings import Settings
 
@@ -67,7 +67,7 @@ class SageModule(L.LightningModule):
         self.sums.update(self.last, steps=1)
         return loss
 
-# %% ../nbs/35_learner.ipynb #76205333
+# %% ../nbs/35_learner.ipynb #8d9f2556
 def save_state(
     path,      # *.resume.safetensors
     optimizer, # torch optimiser
@@ -78,7 +78,7 @@ def save_state(
     state = optimizer.state_dict()
     tensors = {f'{i}.{name}': torch.as_tensor(v).detach().cpu().contiguous().clone() for i, s in state['state'].items() for name, v in s.items()}
     header = dict(groups=state['param_groups'], schedule=schedule.state_dict(), extra=extra)
-    write_tensors(path, tensors, {'state': json.dumps(header)})
+    write_checked(path, tensors, {'state': json.dumps(header)})
 
 def load_state(
     path,      # from `save_state`
@@ -86,7 +86,7 @@ def load_state(
     schedule,  # of the same optimiser
 ) -> dict:     # the extra
     "Put the state back. Raises UserError where the file is damaged."
-    tensors, header = read_tensors(path)
+    tensors, header = read_checked(path)
     try:
         header, state = json.loads(header['state']), {}
         for key, v in tensors.items(): state.setdefault(int(key.split('.')[0]), {})[key.split('.')[1]] = v

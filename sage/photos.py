@@ -21,16 +21,23 @@ from .core import MissingPath, UserError, existing
 from .geo import check_latlon, to_latlon, to_utm, utm_zone
 from .places import check_table, fill_table, make_places
 
-# %% ../nbs/03_photos.ipynb #cbbfc90a
+# %% ../nbs/03_photos.ipynb #3c54008e
 IMAGE_SUFFIXES = frozenset('.jpg .jpeg .png .webp .bmp .gif .tif .tiff .heic .heif'.split())
 
 def _is_image(name): return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith('.')
+
+def _as_text(paths):
+    "The same paths. Raises `UserError` for one that is no text: a table could not hold it."
+    for p in paths:
+        try: p.encode()
+        except UnicodeEncodeError: raise UserError(f'{p}: the name of this file is no UTF-8 text; rename it') from None
+    return paths
 
 def image_names(
     folder:Path, # listed once, without folders below it
 ) -> dict:       # name without suffix → name
     "The images of one folder. Raises `MissingPath`."
-    names = sorted(name for name in os.listdir(existing(folder)) if _is_image(name))
+    names = _as_text(sorted(name for name in os.listdir(existing(folder)) if _is_image(name)))
     return {os.path.splitext(name)[0]: name for name in names}
 
 def list_images(
@@ -41,7 +48,7 @@ def list_images(
     for path, folders, names in os.walk(existing(folder)):
         folders[:] = [f for f in folders if not f.startswith('.')]
         found += [f'{path}/{name}' for name in names if _is_image(name)]
-    return sorted(found)
+    return _as_text(sorted(found))
 
 # %% ../nbs/03_photos.ipynb #93d21a59
 def locate_images(

@@ -8,7 +8,7 @@ __all__ = ['ONLINE', 'FIRST', 'FREE', 'KNOWN', 'save_checkpoint', 'drop_old_stat
            'config_of', 'open_run', 'last_whole', 'quiet_lightning', 'stop_on_signals', 'make_trainer', 'plain_error',
            'fit']
 
-# %% ../nbs/43_train.ipynb #af9c2446
+# %% ../nbs/43_train.ipynb #dbfc76e9
 import hashlib, logging, re, signal, sys, threading, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from .core import UserError, pick_device, pick_precision, seed_of
 from .places import check_table, place_rows
 from .images import check_size, eval_transform, train_transform
-from .model import SAGE, load_all, read_header, read_tensors, save_sage
+from .model import SAGE, load_all, read_header, read_checked, save_sage
 from .graph import GeoSide, epoch_graph
 from .batches import CliqueBatches
 from .retrieval import recall_from_ranks, search
@@ -28,7 +28,7 @@ from .feed import Sources, Steps, Validation, Views, bar, cache_bytes, embed, on
 from .settings import Settings, make_model, precision_of
 from .learner import SageModule, load_state, save_state
 
-# %% ../nbs/43_train.ipynb #2747e434
+# %% ../nbs/43_train.ipynb #dd1b58f0
 def save_checkpoint(
     run:Run,
     epoch:int,       # finished epochs
@@ -56,7 +56,7 @@ def load_weights(
 ):
     "An epoch's weights into the model. Raises UserError where the file is damaged or from another model."
     path = checkpoint_paths(run, epoch)[0]
-    header, state = read_header(path), read_tensors(path)[0]
+    header, state = read_header(path), read_checked(path)[0]
     if header['holds'] == 'all': load_all(model, state, path)
     else: model.load_trainable(state, path)
 
@@ -314,7 +314,7 @@ def on_exception(self:EpochGraph, trainer, module, exception):
         rows = dict(zip(('mined', 'labelled'), (b[index] for b in self.steps.batches)))
         write_json(self.run.path/'failed.json', dict(epoch=self.epoch + 1, step=module.step + 1, rows=rows, **module.last))
 
-# %% ../nbs/43_train.ipynb #d46871f4
+# %% ../nbs/43_train.ipynb #1e72983c
 FREE = ('epochs', 'device', 'devices', 'workers', 'log_every')      # settings a resumed run may change
 
 def config_of(
@@ -358,7 +358,7 @@ def last_whole(
     for epoch in reversed(epochs):
         last = epoch if epoch in logged else epoch - 1
         try:
-            for path in checkpoint_paths(run, epoch): read_tensors(path)
+            for path in checkpoint_paths(run, epoch): read_checked(path)
             if last in run.epochs(): run.edges(last)
             return epoch
         except UserError as e: reason = e

@@ -123,7 +123,7 @@ def readers(run): # file → what reads it
             found[path] = lambda n=name, e=e: getattr(run, n)(e)
     for e in run.checkpoints():
         for path in checkpoint_paths(run, e):
-            if path.exists(): found[path] = lambda p=path: victim.read_tensors(p)
+            if path.exists(): found[path] = lambda p=path: victim.read_checked(p)
     return found
 
 

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np, torch
-from sage.model import read_tensors
+from sage.model import read_checked
 from sage.places import place_rows
 from sage.run import Run, checkpoint_paths
 from sage.settings import Settings, make_model
@@ -119,16 +119,16 @@ def readable(folder):
     for e in run.epochs():
         assert len(run.nodes(e)) == len(run.descriptors(e)) and len(run.cliques(e)) and run.attention(e) and run.answers(e) is not None, e
         run.edges(e)
-    for e in run.checkpoints(): read_tensors(checkpoint_paths(run, e)[0])
-    for e in run.resumable(): read_tensors(checkpoint_paths(run, e)[1])
+    for e in run.checkpoints(): read_checked(checkpoint_paths(run, e)[0])
+    for e in run.resumable(): read_checked(checkpoint_paths(run, e)[1])
 
 
 def bits(folder):
     "All that a finished run says, but for times: comparable to the last bit."
     run = Run(folder)
     found = {'rows': numbers(folder), 'epochs': run.epochs(), 'resumable': run.resumable(), 'checkpoints': [*run.checkpoints()]}
-    for e in run.checkpoints(): found |= {f'{e} {k}': v.numpy().tobytes() for k, v in read_tensors(checkpoint_paths(run, e)[0])[0].items()}
-    for e in run.resumable(): found |= {f'{e} resume {k}': v.numpy().tobytes() for k, v in read_tensors(checkpoint_paths(run, e)[1])[0].items()}
+    for e in run.checkpoints(): found |= {f'{e} {k}': v.numpy().tobytes() for k, v in read_checked(checkpoint_paths(run, e)[0])[0].items()}
+    for e in run.resumable(): found |= {f'{e} resume {k}': v.numpy().tobytes() for k, v in read_checked(checkpoint_paths(run, e)[1])[0].items()}
     for e in run.epochs():
         found |= {f'{e} {t}': getattr(run, t)(e).to_csv(float_format='%.17g') for t in ('nodes', 'edges', 'cliques')} | {f'{e} descriptors': run.descriptors(e).tobytes()}
         found |= {f'{e} {n} {i}': a.tobytes() for n, t in run.answers(e).items() for i, a in enumerate(t)} | {f'{e} attention {k}': a.tobytes() for k, a in run.attention(e).items()}
