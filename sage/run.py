@@ -7,12 +7,12 @@ __all__ = ['LEFTOVER', 'FILES', 'KINDS', 'remove', 'sweep', 'epoch_name', 'plain
            'Run', 'write_json', 'epoch_file', 'read_table', 'read_array', 'Answers', 'reduce_descriptors', 'answers_of',
            'answer_arrays', 'checkpoint_paths', 'started', 'alone', 'holder']
 
-# %% ../nbs/30_run.ipynb #7dc2206b
-import fcntl, json, os, platform, re, shutil, time, zipfile
+# %% ../nbs/30_run.ipynb #9128c816
+import fcntl, json, os, platform, re, shutil, struct, time, tokenize, zipfile, zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, pyarrow as pa
 from fastcore.basics import patch
 from .core import UserError, MissingPath, atomic, stream
 
@@ -194,7 +194,7 @@ def epochs(self:Run) -> list: # ascending
     folder = self.path/'epochs'
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir()) if folder.is_dir() else []
 
-# %% ../nbs/30_run.ipynb #45dd25bd
+# %% ../nbs/30_run.ipynb #9f7ccda8
 def epoch_file(
     run:Run,   # the run
     epoch:int, # finished epochs; negative counts from the last
@@ -208,12 +208,16 @@ def epoch_file(
     if not path.exists(): raise MissingPath(f'{path}: missing; copy the whole run folder')
     return path
 
+def _damage():
+    "What readers of parquet, npy and npz raise on bytes that nobody wrote."
+    return (OSError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError, AttributeError, SyntaxError, tokenize.TokenError, struct.error, zlib.error, zipfile.BadZipFile, pa.ArrowException)
+
 def read_table(
     path:Path, # a parquet file
 ) -> pd.DataFrame:
     "One table of an epoch. Raises UserError where the file is damaged."
     try: return pd.read_parquet(path)
-    except (OSError, ValueError) as e: raise UserError(f'{path}: damaged, not readable as parquet ({e}); copy the run again') from None
+    except _damage() as e: raise UserError(f'{path}: damaged, not readable as parquet ({_short(e)}); copy the run again') from None
 
 def read_array(
     path:Path, # an .npy or .npz file
@@ -222,8 +226,9 @@ def read_array(
     try:
         if path.suffix == '.npy': return np.load(path, mmap_mode='r', allow_pickle=False)
         with np.load(path, allow_pickle=False) as z: return {k: z[k] for k in z.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
-        raise UserError(f'{path}: damaged, not readable ({e}); copy the run again') from None
+    except _damage() as e: raise UserError(f'{path}: damaged, not readable ({_short(e)}); copy the run again') from None
+
+def _short(error): return ' '.join(str(error).split())[:120] or type(error).__name__
 
 # %% ../nbs/30_run.ipynb #816763f2
 @patch
