@@ -60,7 +60,7 @@ def load_weights(
     if header['holds'] == 'all': load_all(model, state, path)
     else: model.load_trainable(state, path)
 
-# %% ../nbs/43_train.ipynb #d980fb03
+# %% ../nbs/43_train.ipynb #68dbc51f
 class Supply:
     "The tables of a training as the model takes them, checked; the geography; kept tokens."
     def __init__(self,
@@ -94,7 +94,7 @@ class Supply:
     def training(self, name, size): # Views of a training table
         s = self.settings
         tokens = self.tokens(name, size) if s.augment == 'none' else None
-        return Views(self.tables[name], train_transform(size, s.augment), tokens, seed_of(s.seed, name))
+        return Views(self.tables[name], train_transform(size, s.augment, s.augment_ops), tokens, seed_of(s.seed, name))
 
 # %% ../nbs/43_train.ipynb #7ee04bb9
 def check_sources(
@@ -159,7 +159,7 @@ class EpochGraph(L.Callback):
         with self.ticker(f'mining {epoch}: embedding', len(rows)) as tick: d = embed(supply.model, supply.plain, rows, tick=tick, **self.how())
         return (picked, d, None) if s.node_features == 'place' else (picked, d[picked], d)
 
-# %% ../nbs/43_train.ipynb #889e4bf7
+# %% ../nbs/43_train.ipynb #b78a40a6
 def samplers(
     settings:Settings,
     tables:dict,  # 'mined', and 'labelled' if there is one
@@ -167,10 +167,10 @@ def samplers(
 ) -> list:        # of CliqueBatches, one for each source
     "The batch samplers of a training: the mined one, and by place labels where there is a second table."
     s = settings
-    size = dict(places_per_batch=s.places_per_batch, images_per_place=s.images_per_place, radius=s.radius)
-    mined = CliqueBatches(tables['mined'], strategy=s.strategy, seed=s.seed, similar=s.similar, min_size=s.min_size, tau2=s.tau2, geo=geo, **size)
+    size = dict(images_per_place=s.images_per_place, radius=s.radius)
+    mined = CliqueBatches(tables['mined'], strategy=s.strategy, seed=s.seed, similar=s.similar, min_size=s.min_size, tau2=s.tau2, geo=geo, places_per_batch=s.places_per_batch, **size)
     if 'labelled' not in tables: return [mined]
-    return [mined, CliqueBatches(tables['labelled'], strategy='random', seed=seed_of(s.seed, 'labelled'), **size)]
+    return [mined, CliqueBatches(tables['labelled'], strategy='random', seed=seed_of(s.seed, 'labelled'), places_per_batch=s.labelled_places or s.places_per_batch, **size)]
 
 @patch
 def remember_first(self:EpochGraph, epoch): # a resumed strategy that keeps its first descriptors gets them again
