@@ -31,7 +31,7 @@ def hardness(
     negative = distance.masked_fill(same, float('inf')).amin(1)
     return positive.mean().item(), negative.mean().item()
 
-# %% ../nbs/35_learner.ipynb #a781e0b8
+# %% ../nbs/35_learner.ipynb #dd794921
 class SageModule(L.LightningModule):
     "A SAGE model with its loss, optimiser and schedule (METHOD §6)."
     def __init__(self,
@@ -39,7 +39,7 @@ class SageModule(L.LightningModule):
         settings:Settings,
     ):
         super().__init__()
-        self.model, self.settings, self.step, self.last, self.sums = model, settings, 0, {}, Counter()
+        self.model, self.settings, self.step, self.last, self.sums, self.failed = model, settings, 0, {}, Counter(), None
         s = settings
         self.loss = MultiSimilarityLoss(alpha=s.loss_alpha, beta=s.loss_beta, base=s.loss_base)
         self.miner = MultiSimilarityMiner(epsilon=s.miner_epsilon)
@@ -52,6 +52,7 @@ class SageModule(L.LightningModule):
 
     def source_loss(self, views, labels): # of one source: (loss, number of pairs, hardest positive, hardest negative)
         d = run_views(self.model, views, cross_image=self.model.interact is not None)
+        self.finite.append(torch.isfinite(d.detach()).all(1))
         with torch.autocast(d.device.type, enabled=False):
             d = d.float()
             pairs = self.miner(d, labels)
@@ -59,11 +60,15 @@ class SageModule(L.LightningModule):
 
     def training_step(self, batch, index):
         torch.manual_seed(seed_of(self.settings.seed, 'dropout', self.step))
+        self.finite = []                                     # of each source: whether an image's descriptor is numbers, for its loss may hide that it is not
         losses, pairs, positive, negative = zip(*(self.source_loss(*part) for part in by_source(batch)))
         loss = sum(losses)
         self.last = dict(loss=loss.item(), mined_pairs=sum(pairs), hardest_positive=float(np.mean(positive)), hardest_negative=float(np.mean(negative)), images=len(batch[1]))
-        if not np.isfinite(self.last['loss']):
-            raise UserError(f'step {self.step + 1}: the loss is {self.last["loss"]}; the images of this batch are in failed.json, try a lower lr or precision 32')
+        broken = sum(int((~f).sum()) for f in self.finite)
+        if broken or not np.isfinite(self.last['loss']):
+            what = f'the loss is {self.last["loss"]}' + (f' and {broken} of {len(batch[1])} descriptors are no numbers' if broken else '')
+            self.failed = dict(self.last)
+            raise UserError(f'step {self.step + 1}: {what}; the batch is kept (sage_train --run FOLDER --again repeats it), try a lower lr or precision 32')
         self.sums.update(self.last, steps=1)
         return loss
 
