@@ -13,6 +13,7 @@ help:
 	@echo 'make demo             train on an embedded town and recognise places in another'
 	@echo 'make test             every check of the project'
 	@echo 'make quick            the same without the slow ones'
+	@echo 'make torture          kills, full disks, damaged files, fuzzing, mutants: an hour'
 	@echo 'make lab              the notebooks in JupyterLab'
 	@echo 'make env              only the environment; prints its python'
 	@echo 'make export           notebooks -> sage/'
@@ -33,6 +34,9 @@ quick:
 browser:
 	@$(find_py); "$$py" -m pytest -q tests/test_browser.py
 
+torture:
+	@$(find_py); SAGE_TORTURE=1 "$$py" -m pytest -q -s tests/faults && "$$py" tools/mutate.py $(ARGS)
+
 lab:
 	@$(find_py); "$(bin)/jupyter" lab nbs $(ARGS)
 
@@ -45,4 +49,4 @@ export:
 clean-notebooks:
 	@$(find_py); "$(bin)/nbdev_clean"
 
-.PHONY: help env demo test quick browser lab bench export clean-notebooks
+.PHONY: help env demo test quick browser torture lab bench export clean-notebooks

@@ -7,7 +7,7 @@ __all__ = ['GRID_SIDE', 'add_model_flags', 'answering', 'Asked', 'ask_photos', '
            'where_page', 'where_parser', 'sage_where', 'about_map', 'write_page', 'image_list', 'npy_header',
            'NpyWriter', 'ParquetWriter', 'describe_to', 'sage_describe']
 
-# %% ../nbs/67_cli_photos.ipynb #fbba0a2b
+# %% ../nbs/67_cli_photos.ipynb #149c70ce
 import argparse, contextlib, json, os, sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +18,16 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .core import UserError, atomic, existing, pick_device
+from .core import UserError, atomic, existing, one_line, pick_device
 from .images import check_size, load_image
 from .photos import find_photo_csv, inside, list_images, numbers, photo_label, read_csv
+from .sources import not_too_many
 from .where import GridModel, PhotoMap, ask, describe_files, ground_metres, in_map, in_space, own_rows, threshold, update_map
-from .command import Parser, command, count, eval_side, metres, model_of, said, size
+from .command import Parser, command, count, eval_side, max_bad_flag, metres, model_of, said, size
 from .viz.style import COLORS, escape, thumbnail
 from .viz.map import add_ground, add_note, empty_map, features, fit, layer, map_coordinates, map_html
 
-# %% ../nbs/67_cli_photos.ipynb #7f77bba2
+# %% ../nbs/67_cli_photos.ipynb #86c6b975
 GRID_SIDE = 224
 
 def add_model_flags(
@@ -38,6 +39,7 @@ def add_model_flags(
     p.add_argument('--size', type=size, metavar='SIDE|HxW', help="image size; default the checkpoint's evaluation size, else 322; 224 for the packaged backbone")
     p.add_argument('--batch-size', type=count, default=32, metavar='N', help='images at a time')
     p.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1')
+    max_bad_flag(p)
     p.add_argument('--quiet', action='store_true', help='no bars')
 
 def answering(
@@ -167,7 +169,7 @@ def where_page(
     add_note(page, f'{pictures}Numbers: the most similar places. Grey: photographs of the map.<br>{ring}<small>described by {escape(name)}</small>')
     return map_html(page)
 
-# %% ../nbs/67_cli_photos.ipynb #caf90036
+# %% ../nbs/67_cli_photos.ipynb #4c0679ee
 def where_parser():
     "Arguments of `sage_where`."
     p = Parser('sage_where', description='Where was this photograph taken? Asks a folder of photographs with GPS (in EXIF, or in a csv), which is described once and remembered.')
@@ -196,6 +198,7 @@ def sage_where(argv):
     note(f'answering: {name}, at {side[0]}x{side[1]} pixels')
     m = update_map(args.map, model, side, name, args.csv, args.index, args.rebuild, args.batch_size, not args.quiet, args.radius)
     for line in about_map(m): note(line)
+    not_too_many([(i, f'{m.root/i}: {why}') for i, why in m.left_out if 'GPS position' not in why], len(m.files), args.max_bad, m.root)
     asked = ask_photos(m, model, args.photos, args.top, args.batch_size)
     if args.page: write_page(args.page, where_page(m, asked, name)); note(f'written: {args.page}')
     if args.json: print(json.dumps(dict(model=name, size=list(side), map=str(m.root), photographs=m.index.ntotal, left_out=m.left_out, threshold=_threshold(m), photos=[for_programs(a) for a in asked]), indent=1, allow_nan=False))
@@ -293,7 +296,7 @@ class ParquetWriter:
 
     def close(self): self.flush(); self.file.close()
 
-# %% ../nbs/67_cli_photos.ipynb #0151d347
+# %% ../nbs/67_cli_photos.ipynb #876eca20
 def describe_to(
     out:Path, # *.npy or *.parquet
     model, # with `describe`, `dim` and `patch`
@@ -301,6 +304,7 @@ def describe_to(
     side, # (height, width)
     batch_size:int = 32, # images at a time
     progress:str|None = None, # name of a progress bar
+    max_bad:float = 1., # share of images that may be unreadable
 )->list: # (image, reason) of those left out
     "Describe images into a file that is there whole or not at all. Raises `UserError` where none can be read."
     left_out, writer = [], dict(zip(('.npy', '.parquet'), (NpyWriter, ParquetWriter)))[out.suffix]
@@ -309,6 +313,7 @@ def describe_to(
             for rows, d, bad in describe_files(model, df.image.tolist(), side, batch_size, progress):
                 if len(rows): w.add(_with_position(df.iloc[rows]), d)
                 left_out += [(df.image[i], reason) for i, reason in bad]
+        not_too_many(left_out, len(df), max_bad, out)
         if not w.rows: raise UserError(f'none of the {len(df):,} images can be read: {left_out[0][1]}')
         if out.suffix == '.npy':
             with atomic(out.with_suffix('.csv')) as names: pd.concat(w.names).to_csv(names, index=False)
@@ -319,7 +324,7 @@ def _with_position(df):
     own = [dict(lat=r.lat, lon=r.lon) if np.isfinite(r.lat) else _own_position(r.image) or dict(lat=np.nan, lon=np.nan) for r in df.itertuples()]
     return df.assign(lat=[o['lat'] for o in own], lon=[o['lon'] for o in own])
 
-# %% ../nbs/67_cli_photos.ipynb #cc6767f5
+# %% ../nbs/67_cli_photos.ipynb #600721db
 @command
 def sage_describe(argv):
     "Descriptors of images as an array or a table."
@@ -335,9 +340,9 @@ def sage_describe(argv):
     df = image_list(args.images)
     model, name, side = answering(args)
     print(f'describing {len(df):,} images: {name}, at {side[0]}x{side[1]} pixels')
-    try: left_out = describe_to(out, model, df, side, args.batch_size, None if args.quiet else 'describing')
+    try: left_out = describe_to(out, model, df, side, args.batch_size, None if args.quiet else 'describing', args.max_bad)
     except OSError as e:
         if isinstance(e, UserError): raise
         raise UserError(f'{out}: cannot be written ({e.strerror}); choose another folder') from None
-    if left_out: print(f'{len(left_out):,} of {len(df):,} images cannot be read and are left out: ' + '; '.join(reason for _, reason in left_out[:5]) + (' …' if len(left_out) > 5 else ''), file=sys.stderr)
+    if left_out: print(f'{len(left_out):,} of {len(df):,} images cannot be read and are left out: ' + '; '.join(one_line(reason) for _, reason in left_out[:5]) + (' …' if len(left_out) > 5 else ''), file=sys.stderr)
     print(f'written: {out}: {len(df) - len(left_out):,} descriptors of {model.dim} numbers')

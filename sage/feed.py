@@ -73,7 +73,7 @@ def run_views(
     tokens = model.prefix(inputs) if inputs.ndim == 4 else inputs.float()
     return model.from_prefix(tokens, cross_image)
 
-# %% ../nbs/33_feed.ipynb #727cc7a1
+# %% ../nbs/33_feed.ipynb #6f58d9e7
 def embed(
     model,                     # a SAGE
     views:Views,               # what to read
@@ -83,13 +83,15 @@ def embed(
     precision:str='32-true',   # Lightning's name
     tick=None,                 # called with the number of images after each batch
 ) -> np.ndarray:               # descriptors [len(rows), D] float32
-    "Descriptors without gradient, in evaluation mode, head off."
+    "Descriptors without gradient, in evaluation mode, head off. Raises UserError naming an image whose descriptor is no numbers."
     rows, done = np.arange(len(views)) if rows is None else np.asarray(rows), 0
     out, device = np.empty((len(rows), model.dim), np.float32), next(model.parameters()).device
     with evaluating(model):
         for inputs in view_batches(views, rows, batch_size, workers):
             with autocast(device, precision): d = run_views(model, inputs)
             out[done:done + len(d)] = d.float().cpu().numpy()
+            bad = ~np.isfinite(out[done:done + len(d)]).all(1)
+            if bad.any(): raise UserError(f'{views.paths[rows[done + bad.argmax()]]}: the model describes it by NaN or infinity; its weights are damaged, or try precision 32')
             done += len(d)
             if tick: tick(len(d))
     return out

@@ -28,7 +28,7 @@ def gsv_names(
     "Names of GSV-Cities' images, rebuilt from the rows of its csv."
     return [f'{c}_{p:07d}_{y:04d}_{m:02d}_{b:03d}_{lat}_{lon}_{pano}' for p, y, m, b, c, lat, lon, pano in zip(*(df[c] for c in GSV_COLUMNS))]
 
-# %% ../nbs/04_formats.ipynb #086147d5
+# %% ../nbs/04_formats.ipynb #edbdecf3
 def _folder_name(name, source):
     "`name`, if it can be the name of a folder. Raises `UserError`."
     if not name or name.startswith('.') or re.search(r'[/\\:\0]', name): raise UserError(f'{source}: {name!r} cannot be the name of a city; use letters and digits')
@@ -47,7 +47,7 @@ def _read_gsv_city(root, path):
     image = np.empty(len(df), dtype=object)
     for city, rows in df.groupby('city_id').indices.items(): image[rows] = locate_images(root/'Images'/_folder_name(city, path), stems[rows], path)
     date = [f'{y:04d}-{m:02d}' if y else '' for y, m in zip(df.year, df.month)]
-    return fill_table(image=image, city=df.city_id, place=df.place_id, easting=easting, northing=northing, zone=zone, heading=df.northdeg % 360., time=date)
+    return fill_table(image=image, city=df.city_id, place=df.place_id, easting=easting, northing=northing, zone=zone, heading=df.northdeg % 360. % 360., time=date)
 
 # %% ../nbs/04_formats.ipynb #6062c45d
 def _choose(found, cities, where):
@@ -168,7 +168,7 @@ def _join_zones(df):
             else: df.loc[here, 'city'] = f'{city} {zone}'
     return df
 
-# %% ../nbs/04_formats.ipynb #25e48765
+# %% ../nbs/04_formats.ipynb #74f3a978
 def _read_msls_side(folder, role, split, queries):
     "One side of a city: its csv files joined by key, without panoramas, for queries of val and test only the subtask's if so asked."
     side = existing(folder/_SIDES[role], remedy='each city of MSLS holds database/ and query/')
@@ -193,7 +193,7 @@ def _msls_labels(side, keys, keep):
     easting, northing, zone = _in_one_zone(lat, lon, *(numbers(post, c, path2) for c in ('easting', 'northing')))
     return keep, dict(
         place=whole_numbers(post, 'unique_cluster', path2), easting=easting, northing=northing, zone=zone, time=raw['captured_at'].to_numpy(),
-        heading=numbers(raw, 'ca', path, needed=False) % 360, condition=np.where(_flags(post, 'night', path2), 'night', 'day'))
+        heading=numbers(raw, 'ca', path, needed=False) % 360 % 360, condition=np.where(_flags(post, 'night', path2), 'night', 'day'))
 
 # %% ../nbs/04_formats.ipynb #17ae66fb
 def read_msls(
@@ -214,7 +214,7 @@ def read_msls(
     warnings.warn(f'{folder} comes without coordinates and places: its images can be described, but nothing measured on them')
     return df
 
-# %% ../nbs/04_formats.ipynb #aa6b2db4
+# %% ../nbs/04_formats.ipynb #5711501a
 UTM_FIELDS = tuple('easting northing zone letter lat lon pano_id tile heading pitch roll height timestamp note'.split())
 
 def utm_fields(
@@ -225,7 +225,7 @@ def utm_fields(
     fields = dict(zip(UTM_FIELDS, parts + [''] * len(UTM_FIELDS)))
     easting, northing, heading = (_number(fields[c]) for c in ('easting', 'northing', 'heading'))
     if not np.isfinite(easting) or not np.isfinite(northing): raise UserError(f'{path}: no easting and northing in the file name; expected @easting@northing@…@.jpg, in metres')
-    return {**fields, 'easting': easting, 'northing': northing, 'heading': heading % 360, 'zone': _band(fields['zone'], fields['letter']), 'time': fields['timestamp']}
+    return {**fields, 'easting': easting, 'northing': northing, 'heading': heading % 360 % 360, 'zone': _band(fields['zone'], fields['letter']), 'time': fields['timestamp']}
 
 def _number(text):
     "A number, or NaN."

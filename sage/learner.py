@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['hardness', 'SageModule', 'save_state', 'load_state']
 
-# %% ../nbs/35_learner.ipynb #b4464ed6
+# %% ../nbs/35_learner.ipynb #43fc8d5a
 import json
 from collections import Counter
-import lightning as L, numpy as np, safetensors, torch
+import lightning as L, numpy as np, torch
 import torch.nn.functional as F
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner
-from safetensors.torch import load_file, save_file
-from .core import UserError, atomic, seed_of
-from .model import SAGE
+from .core import UserError, seed_of
+from .model import SAGE, read_checked, write_checked
 from .feed import by_source, run_views
 from .settings import Settings
 
@@ -32,7 +31,7 @@ def hardness(
     negative = distance.masked_fill(same, float('inf')).amin(1)
     return positive.mean().item(), negative.mean().item()
 
-# %% ../nbs/35_learner.ipynb #a781e0b8
+# %% ../nbs/35_learner.ipynb #dd794921
 class SageModule(L.LightningModule):
     "A SAGE model with its loss, optimiser and schedule (METHOD §6)."
     def __init__(self,
@@ -40,7 +39,7 @@ class SageModule(L.LightningModule):
         settings:Settings,
     ):
         super().__init__()
-        self.model, self.settings, self.step, self.last, self.sums = model, settings, 0, {}, Counter()
+        self.model, self.settings, self.step, self.last, self.sums, self.failed = model, settings, 0, {}, Counter(), None
         s = settings
         self.loss = MultiSimilarityLoss(alpha=s.loss_alpha, beta=s.loss_beta, base=s.loss_base)
         self.miner = MultiSimilarityMiner(epsilon=s.miner_epsilon)
@@ -53,6 +52,7 @@ class SageModule(L.LightningModule):
 
     def source_loss(self, views, labels): # of one source: (loss, number of pairs, hardest positive, hardest negative)
         d = run_views(self.model, views, cross_image=self.model.interact is not None)
+        self.finite.append(torch.isfinite(d.detach()).all(1))
         with torch.autocast(d.device.type, enabled=False):
             d = d.float()
             pairs = self.miner(d, labels)
@@ -60,15 +60,19 @@ class SageModule(L.LightningModule):
 
     def training_step(self, batch, index):
         torch.manual_seed(seed_of(self.settings.seed, 'dropout', self.step))
+        self.finite = []                                     # of each source: whether an image's descriptor is numbers, for its loss may hide that it is not
         losses, pairs, positive, negative = zip(*(self.source_loss(*part) for part in by_source(batch)))
         loss = sum(losses)
         self.last = dict(loss=loss.item(), mined_pairs=sum(pairs), hardest_positive=float(np.mean(positive)), hardest_negative=float(np.mean(negative)), images=len(batch[1]))
-        if not np.isfinite(self.last['loss']):
-            raise UserError(f'step {self.step + 1}: the loss is {self.last["loss"]}; the images of this batch are in failed.json, try a lower lr or precision 32')
+        broken = sum(int((~f).sum()) for f in self.finite)
+        if broken or not np.isfinite(self.last['loss']):
+            what = f'the loss is {self.last["loss"]}' + (f' and {broken} of {len(batch[1])} descriptors are no numbers' if broken else '')
+            self.failed = dict(self.last)
+            raise UserError(f'step {self.step + 1}: {what}; the batch is kept (sage_train --run FOLDER --again repeats it), try a lower lr or precision 32')
         self.sums.update(self.last, steps=1)
         return loss
 
-# %% ../nbs/35_learner.ipynb #87232a78
+# %% ../nbs/35_learner.ipynb #8d9f2556
 def save_state(
     path,      # *.resume.safetensors
     optimizer, # torch optimiser
@@ -79,7 +83,7 @@ def save_state(
     state = optimizer.state_dict()
     tensors = {f'{i}.{name}': torch.as_tensor(v).detach().cpu().contiguous().clone() for i, s in state['state'].items() for name, v in s.items()}
     header = dict(groups=state['param_groups'], schedule=schedule.state_dict(), extra=extra)
-    with atomic(path) as part: save_file(tensors, part, metadata={'state': json.dumps(header)})
+    write_checked(path, tensors, {'state': json.dumps(header)})
 
 def load_state(
     path,      # from `save_state`
@@ -87,12 +91,12 @@ def load_state(
     schedule,  # of the same optimiser
 ) -> dict:     # the extra
     "Put the state back. Raises UserError where the file is damaged."
+    tensors, header = read_checked(path)
     try:
-        with safetensors.safe_open(path, 'pt') as f: header = json.loads(f.metadata()['state'])
-        state = {}
-        for key, v in load_file(path).items(): state.setdefault(int(key.split('.')[0]), {})[key.split('.')[1]] = v
+        header, state = json.loads(header['state']), {}
+        for key, v in tensors.items(): state.setdefault(int(key.split('.')[0]), {})[key.split('.')[1]] = v
         optimizer.load_state_dict(dict(state=state, param_groups=header['groups']))
         schedule.load_state_dict(header['schedule'])
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
         raise UserError(f'{path}: damaged, the training cannot go on from it ({e}); delete this file to go on from the epoch before') from None
     return header['extra']

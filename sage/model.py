@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['HUB', 'DINOV2', 'FORMAT', 'CARD', 'Maps', 'evaluating', 'SAGE', 'create_sage', 'random_init', 'parameter_table',
            'official_name', 'official_state', 'official_sizes', 'build_sage', 'load_official', 'load_all', 'Reduction',
-           'save_sage', 'read_header', 'load_sage', 'raw_descriptors']
+           'write_checked', 'read_checked', 'save_sage', 'read_header', 'load_sage', 'raw_descriptors']
 
-# %% ../nbs/14_model.ipynb #c3f9a6b2
-import json
+# %% ../nbs/14_model.ipynb #d2af677f
+import hashlib, json
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -308,7 +308,39 @@ def load_trainable(self:SAGE,
     explain_mismatch(shapes(self.trainable_state()), shapes(state), source)
     self.load_state_dict(state, strict=False)
 
-# %% ../nbs/14_model.ipynb #0d1199c5
+# %% ../nbs/14_model.ipynb #48ad73d4
+def _sum_of(tensors, header):
+    "SHA-256 over a header and over names, types, shapes and values of tensors, hexadecimal."
+    digest = hashlib.sha256(json.dumps(sorted((k, v) for k, v in header.items() if k != 'sha256')).encode())
+    for name, t in sorted(tensors.items()):
+        digest.update(f'{name} {t.dtype} {tuple(t.shape)}'.encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+def write_checked(
+    path:str|Path, # *.safetensors
+    tensors:dict, # name → tensor
+    header:dict, # name → text
+):
+    "Tensors and a header in a safetensors file with its checksum, whole or not at all. OSError where the disk is full."
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    with atomic(path) as part:
+        try: save_file(tensors, str(part), metadata=header | dict(sha256=_sum_of(tensors, header)))
+        except safetensors.SafetensorError as e: raise OSError(str(e)) from e
+
+def read_checked(
+    path:str|Path, # *.safetensors
+) -> tuple: # (name → tensor, header)
+    "What `write_checked` wrote. UserError where it is damaged; a file without a checksum is taken as it is."
+    remedy = 'take an earlier checkpoint, or copy it again'
+    try:
+        with safetensors.safe_open(path, 'pt') as f: header = f.metadata() or {}
+        tensors = load_file(path)
+    except (safetensors.SafetensorError, OSError) as e: raise UserError(f'{path}: damaged, not readable as safetensors ({e}); {remedy}') from None
+    if header.get('sha256', (found := _sum_of(tensors, header))) != found: raise UserError(f'{path}: damaged, what it holds does not match its checksum; {remedy}')
+    return tensors, header
+
+# %% ../nbs/14_model.ipynb #eaab2b93
 FORMAT = 'sage-vpr 1'
 
 def save_sage(
@@ -322,7 +354,7 @@ def save_sage(
     state = (model.trainable_state() if named else model.state_dict()) | pca
     header = dict(format=FORMAT, model=json.dumps(model.config), config=json.dumps(config or {}), holds='trainable' if named else 'all', backbone_sha256=fingerprint(model.backbone) if named else '')
     if pca: header['pca'] = json.dumps(model.pca.facts)
-    with atomic(path) as tmp: save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, str(tmp), metadata=header)
+    write_checked(path, state, header)
     return Path(path)
 
 # %% ../nbs/14_model.ipynb #b6cb0913
@@ -339,13 +371,13 @@ def read_header(
     try: return header | {k: json.loads(header[k]) for k in ('model', 'config', 'pca') if k != 'pca' or k in header}
     except (KeyError, json.JSONDecodeError) as e: raise UserError(f'{path}: the header of this checkpoint is damaged; save it again') from e
 
-# %% ../nbs/14_model.ipynb #d3df4649
+# %% ../nbs/14_model.ipynb #5ca02be8
 def load_sage(
     path:str|Path, # a file of `save_sage`
     pretrained:bool|str|Path=True, # where the frozen backbone comes from, see `create_sage`
 ) -> SAGE: # in eval mode
     "The saved model; UserError where the file or the frozen backbone is not the one it was trained with."
-    header, state = read_header(path), load_file(path)
+    header, state = read_header(path), read_checked(path)[0]
     config, pca = header['model'], {k.removeprefix('pca.'): state.pop(k) for k in list(state) if k.startswith('pca.')}
     if header['holds'] == 'all': model = build_sage(config['sizes']) if 'sizes' in config else create_sage(**config | dict(pretrained=False))
     else: model = create_sage(**config | dict(pretrained=pretrained))

@@ -21,16 +21,23 @@ from .core import MissingPath, UserError, existing
 from .geo import check_latlon, to_latlon, to_utm, utm_zone
 from .places import check_table, fill_table, make_places
 
-# %% ../nbs/03_photos.ipynb #cbbfc90a
+# %% ../nbs/03_photos.ipynb #3c54008e
 IMAGE_SUFFIXES = frozenset('.jpg .jpeg .png .webp .bmp .gif .tif .tiff .heic .heif'.split())
 
 def _is_image(name): return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith('.')
+
+def _as_text(paths):
+    "The same paths. Raises `UserError` for one that is no text: a table could not hold it."
+    for p in paths:
+        try: p.encode()
+        except UnicodeEncodeError: raise UserError(f'{p}: the name of this file is no UTF-8 text; rename it') from None
+    return paths
 
 def image_names(
     folder:Path, # listed once, without folders below it
 ) -> dict:       # name without suffix → name
     "The images of one folder. Raises `MissingPath`."
-    names = sorted(name for name in os.listdir(existing(folder)) if _is_image(name))
+    names = _as_text(sorted(name for name in os.listdir(existing(folder)) if _is_image(name)))
     return {os.path.splitext(name)[0]: name for name in names}
 
 def list_images(
@@ -41,7 +48,7 @@ def list_images(
     for path, folders, names in os.walk(existing(folder)):
         folders[:] = [f for f in folders if not f.startswith('.')]
         found += [f'{path}/{name}' for name in names if _is_image(name)]
-    return sorted(found)
+    return _as_text(sorted(found))
 
 # %% ../nbs/03_photos.ipynb #93d21a59
 def locate_images(
@@ -138,7 +145,7 @@ def open_image(
     if not os.path.getsize(path): raise UserError(f'{path}: the file is empty')
     with image_errors(path): return Image.open(path)
 
-# %% ../nbs/03_photos.ipynb #2bf8806f
+# %% ../nbs/03_photos.ipynb #8c709dc5
 def _degrees(values, half):
     "Degrees from (degrees, minutes, seconds) and a hemisphere; NaN where they make no angle."
     half = half.decode('ascii', 'ignore') if isinstance(half, bytes) else str(half or '')
@@ -154,7 +161,7 @@ def photo_label(
         exif = image.getexif()
         gps, taken = exif.get_ifd(0x8825), exif.get_ifd(0x8769).get(0x9003) or exif.get(0x0132) or ''
         if 2 not in gps or 4 not in gps: raise UserError(f'{path}: no GPS position in EXIF')
-        lat, lon, heading = _degrees(gps[2], gps.get(1)), _degrees(gps[4], gps.get(3)), float(gps.get(17, np.nan)) % 360
+        lat, lon, heading = _degrees(gps[2], gps.get(1)), _degrees(gps[4], gps.get(3)), float(gps.get(17, np.nan)) % 360 % 360 # twice: the remainder of a tiny negative number is 360
     if not (abs(lat) <= 90 and abs(lon) <= 180) or lat == lon == 0: raise UserError(f'{path}: the GPS position in EXIF is no position ({lat:.6g}, {lon:.6g})')
     return dict(lat=lat, lon=lon, heading=heading, time=_iso(str(taken)))
 
@@ -191,7 +198,7 @@ def _label_or_reason(path):
     try: return photo_label(path)
     except UserError as e: return str(e)
 
-# %% ../nbs/03_photos.ipynb #deb57f6a
+# %% ../nbs/03_photos.ipynb #025a79e6
 def inside(
     root:Path, # folder
     names,     # paths relative to it
@@ -236,7 +243,7 @@ def _read_photo_csv(root, csv):
     first, second = (numbers(df, c, csv) for c in (('lat', 'lon') if degrees else ('easting', 'northing')))
     if degrees: check_latlon(first, second, csv)
     where = _metres(first, second, root.name) if degrees else dict(easting=first, northing=second, zone=_zones(df, csv), city=root.name)
-    more = {c: df[c].str.strip() if c == 'time' else numbers(df, c, csv, needed=False) % 360 for c in ('heading', 'time') if c in df}
+    more = {c: df[c].str.strip() if c == 'time' else numbers(df, c, csv, needed=False) % 360 % 360 for c in ('heading', 'time') if c in df}
     return fill_table(image=image, place=_csv_places(df, csv) if 'place' in df else 0, **where, **more), 'place' in df
 
 # %% ../nbs/03_photos.ipynb #e256bf5c

@@ -12,7 +12,7 @@ from sage.learner import SageModule
 from sage.places import make_table
 from sage.run import Run, checkpoint_paths
 from sage.settings import Settings, make_model
-from sage.train import Stopped, fit
+from sage.train import Stopped, fit, last_whole
 
 def toy_table(root, places=24, views=6, side=56, seed=0):
     "A place is a coloured pattern; its views are shifted and shaded. 60 m between places, 8 m within."
@@ -239,11 +239,25 @@ def test_resume_refuses_other_settings_and_data(whole, towns, tmp_path):
     with pytest.raises(UserError, match='lr = 0.001, now 0.002'): train(settings(lr=.002), towns, path, resume=True)
     with pytest.raises(UserError, match='data'): train(settings(), [towns[1], towns[0], towns[2]], path, resume=True)
     with pytest.raises(UserError, match='no such run'): train(settings(), towns, tmp_path/'none', resume=True)
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(towns, tmp_path, capsys):
+    path = tmp_path/'run'
+    train(settings(epochs=1), towns, path)
+    for file in checkpoint_paths(Run(path), 1):
+        data = file.read_bytes()
+        for spoilt in (data[:-50], data[:-1] + bytes([data[-1] ^ 4])):                            # broken off, one bit
+            file.write_bytes(spoilt)
+            assert last_whole(Run(path)) == 0
+            err = capsys.readouterr().err
+            assert str(file) in err and 'damaged' in err and 'the epoch before' in err and len(err.splitlines()) == 1
+        file.write_bytes(data)
     state = checkpoint_paths(Run(path), 1)[1]
     state.write_bytes(state.read_bytes()[:-50])
-    with pytest.raises(UserError, match='damaged'): train(settings(), towns, path, resume=True)
-    state.unlink()
     assert numbers(train(settings(), towns, path, resume=True)) == numbers(train(settings(), towns, tmp_path/'fresh'))
+    for e in Run(path).resumable(): checkpoint_paths(Run(path), e)[1].write_bytes(b'')
+    before = {p: p.read_bytes() for p in path.rglob('*') if p.is_file()}
+    with pytest.raises(UserError, match='none of its checkpoints'): train(settings(), towns, path, resume=True)
+    assert {p: p.read_bytes() for p in path.rglob('*') if p.is_file()} == before                    # nothing was dropped
 
 def test_quiet(towns, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,121 @@
+"""Numbers that stay true: what is no number stops the training with the batch that made it, which can be had again; and what must hold of graph, recall and descriptors whatever the data."""
+import json, os, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings as how, strategies as st
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))
+from test_train import settings, toy_table
+from sage import cli
+from sage.core import UserError
+from sage.feed import Views, embed
+from sage.graph import affinity
+from sage.images import eval_transform
+from sage.learner import SageModule
+from sage.retrieval import recall_at_k
+from sage.run import Run
+from sage.settings import make_model
+from sage.train import again, fit
+
+
+@pytest.fixture(scope='module')
+def towns(tmp_path_factory):
+    root = tmp_path_factory.mktemp('towns')
+    return [toy_table(root/n, places=12, seed=i) for i, n in enumerate(('adorf', 'castrop'))]
+
+
+def stops(s, towns, path, **more):
+    with pytest.raises(UserError) as e: fit(s, make_model(s), {'mined': towns[0], **more}, {'unseen': towns[1]}, path, progress=False)
+    return str(e.value)
+
+
+def test_a_loss_that_is_no_number_can_be_had_again(towns, tmp_path, capsys):
+    said = stops(settings(lr=1e25, lr_end=1.), towns, tmp_path/'run')
+    assert said.startswith('step ') and 'the loss is nan' in said and '--again' in said
+    failed = json.loads((tmp_path/'run'/'failed.json').read_text())
+    loss, batch = again(Run(tmp_path/'run'))
+    assert np.isnan(loss) and len(batch) == 12 and not batch.finite.all()
+    assert batch.image.tolist() == towns[0].image[np.ravel(failed['rows']['mined'])].tolist()
+    cli.sage_train(['--run', str(tmp_path/'run'), '--again'])
+    out = capsys.readouterr().out
+    assert f'loss nan; {int((~batch.finite).sum())} of 12 descriptors are no numbers' in out and batch.image[0] in out
+    assert Run(tmp_path/'run').resumable()
+
+
+def test_again_needs_a_batch(towns, tmp_path, capsys):
+    Run.create(tmp_path/'run', {})
+    for argv in (['--again'], ['--again', '--run', str(tmp_path/'run')], ['--again', '--run', str(tmp_path/'no')]):
+        with pytest.raises(SystemExit) as e: cli.sage_train(argv)
+        assert e.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    (tmp_path/'run'/'failed.json').write_text('{')
+    with pytest.raises(UserError, match='damaged'): again(Run(tmp_path/'run'))
+
+
+def test_the_repeated_batch_is_the_same_to_the_bit(towns, tmp_path, monkeypatch):
+    "Augmentation, dropout and weights are those of the step that failed."
+    seen, step = [], SageModule.training_step
+    def fails(self, batch, index):
+        loss = step(self, batch, index)
+        seen.append(batch[0].clone())
+        if self.step == 4: self.failed = dict(self.last); raise UserError(f'step 5: {self.last["loss"]!r}')
+        return loss
+    monkeypatch.setattr(SageModule, 'training_step', fails)
+    said = stops(settings(), towns, tmp_path/'run')
+    monkeypatch.setattr(SageModule, 'training_step', lambda self, batch, index: (seen.append(batch[0].clone()), step(self, batch, index))[1])
+    loss, batch = again(Run(tmp_path/'run'))
+    assert said == f'step 5: {loss!r}' and batch.finite.all() and torch.equal(seen[-2], seen[-1])
+
+
+def test_a_descriptor_that_hides_behind_its_loss(towns):
+    "Comparisons with NaN are false, so the miner drops such an image, and the loss of the others is a number."
+    s = settings()
+    module = SageModule(make_model(s), s).train()
+    views = torch.randn(12, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    views[5] = float('nan')
+    with pytest.raises(UserError, match='1 of 12 descriptors are no numbers'): module.training_step((views, torch.zeros(12, dtype=torch.long), torch.arange(12) // 3), 0)
+
+
+def test_mining_with_damaged_weights_names_the_image(towns):
+    model = make_model(settings())
+    with torch.no_grad(): model.probing.token_features[0].weight[:] = float('inf')
+    with pytest.raises(UserError, match='000_0.png: the model describes it by NaN or infinity'): embed(model, Views(towns[0], eval_transform(56)))
+
+
+# ---- whatever the data
+
+seeds = st.integers(0, 2**32 - 1)
+
+@how(max_examples=60, deadline=None)
+@given(seeds, st.integers(1, 25), st.integers(1, 9), st.floats(.1, 1e4))
+def test_affinity_is_symmetric_and_never_positive(seed, n, d, spread):
+    g = np.random.default_rng(seed)
+    a = np.asarray(affinity(g.uniform(0, spread, (n, 2)), g.normal(size=(n, d)).astype(np.float32)))
+    off = ~np.eye(n, dtype=bool)
+    assert a.shape == (n, n) and np.array_equal(a, a.T) and (a[off] <= 0).all()
+
+
+@how(max_examples=60, deadline=None)
+@given(seeds, st.integers(1, 12), st.integers(1, 30), st.integers(1, 5))
+def test_recall_grows_with_k_and_knows_no_order(seed, q, n, d):
+    g = np.random.default_rng(seed)
+    x, y = g.normal(size=(q, d)).astype(np.float32), g.normal(size=(n, d)).astype(np.float32)
+    positives, ks = [g.choice(n, g.integers(0, min(n, 3) + 1), replace=False) for _ in range(q)], (1, 2, 5, 10, 20)
+    if not any(map(len, positives)): return
+    r = recall_at_k(x, y, positives, ks)
+    assert all(r[a] <= r[b] for a, b in zip(ks, ks[1:]))
+    a, b = g.permutation(q), g.permutation(n)
+    back = np.argsort(b)
+    assert dict(recall_at_k(x[a], y[b], [back[positives[i]] for i in a], ks)) == dict(r)
+
+
+@how(max_examples=8, deadline=None)
+@given(seeds)
+def test_a_descriptor_depends_on_its_image_alone(seed):
+    model, g = make_model(settings()).eval(), torch.Generator().manual_seed(seed)
+    x = torch.randn(7, 3, 56, 56, generator=g)
+    whole, order = model.describe(x), torch.randperm(7, generator=g)
+    assert (whole[order] - model.describe(x[order])).abs().max() < 1e-5
+    for i in range(7): assert (whole[i] - model.describe(x[i:i + 1])[0]).abs().max() < 1e-5
