@@ -68,7 +68,7 @@ class Settings:
         for f in fields(self): setattr(self, f.name, checked(f.name, getattr(self, f.name)))
         if self.devices != 1: raise UserError(f'devices = {self.devices}: training runs on one device; choose it with device=cuda:1')
 
-# %% ../nbs/34_settings.ipynb #9ad9cc63
+# %% ../nbs/34_settings.ipynb #3cc02e82
 COUNTS = 'epochs steps places_per_batch images_per_place lr_steps similar min_size embed_batch log_every probes probe_dim token_dim dpns devices augment_ops interact_dim interact_heads interact_layers interact_ffn'.split()
 ZERO_OR_MORE = 'weight_decay miner_epsilon labelled_places workers cache_gb seed alpha dropout dpn_dropout'.split()
 FINITE = 'tau2 loss_base'.split()
@@ -84,9 +84,10 @@ def checked(
     whole, number = isinstance(value, int) and not isinstance(value, bool), isinstance(value, (int, float)) and not isinstance(value, bool)
     if name in CHOICES and value not in CHOICES[name]: raise UserError(f'{name} = {value!r}: choose one of {", ".join(sorted(CHOICES[name]))}')
     if name in COUNTS and (not whole or value < LEAST.get(name, 1)): raise UserError(f'{name} = {value!r}: give a whole number of {LEAST.get(name, 1)} or more')
-    if name in ZERO_OR_MORE + ABOVE_ZERO + FINITE and not (number and np.isfinite(value)): raise UserError(f'{name} = {value!r}: give a number')
+    if name in COUNTS + ZERO_OR_MORE + ABOVE_ZERO + FINITE and not (number and abs(value) < 2**63): raise UserError(f'{name} = {value!r}: give a number')
     if name in ('workers', 'seed', 'labelled_places') and not whole: raise UserError(f'{name} = {value!r}: give a whole number')
     if name in ZERO_OR_MORE and value < 0: raise UserError(f'{name} = {value!r}: give 0 or more')
+    if name in ('dropout', 'dpn_dropout') and value >= 1: raise UserError(f'{name} = {value!r}: give a share below 1')
     if name in ABOVE_ZERO and value <= 0: raise UserError(f'{name} = {value!r}: give a number above 0')
     return tuple(value) if isinstance(value, list) else value
 
