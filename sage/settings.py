@@ -14,7 +14,7 @@ from .model import SAGE, create_sage
 from .graph import TAU2
 from .batches import STRATEGIES
 
-# %% ../nbs/34_settings.ipynb #b890afec
+# %% ../nbs/34_settings.ipynb #af062f72
 @dataclass
 class Settings:
     "Everything that decides a training. UserError names a value that cannot be."
@@ -53,7 +53,8 @@ class Settings:
     devices:int = 1                  # one for now
     workers:int = 0                  # processes that decode; never changes a result
     embed_batch:int = 64             # images at a time in mining and validation
-    cache_gb:float = 0.              # memory for kept tokens; 0 keeps none
+    cache_gb:float = 0.              # gigabytes for kept tokens, of memory or of prefix_cache; 0 keeps none
+    prefix_cache:str = ''            # folder for kept tokens, shared by trainings; empty: memory
     record_graph:bool = True         # write each epoch's graph, embedding for it where the strategy would not
     log_every:int = 10               # steps between rows of the metrics
     seed:int = 0                     # of every random stream

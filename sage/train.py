@@ -7,7 +7,7 @@ __all__ = ['ONLINE', 'FIRST', 'FREE', 'KNOWN', 'save_checkpoint', 'load_weights'
            'Stopped', 'EpochGraph', 'samplers', 'attention_of', 'flat', 'epoch_line', 'parts_of', 'config_of',
            'open_run', 'quiet_lightning', 'stop_on_signals', 'make_trainer', 'plain_error', 'fit']
 
-# %% ../nbs/43_train.ipynb #cc9a67d7
+# %% ../nbs/43_train.ipynb #445ccb97
 import hashlib, logging, re, signal, threading, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from .core import UserError, pick_device, pick_precision, seed_of
 from .places import check_table, place_rows
 from .images import check_size, eval_transform, train_transform
+from .prefix import PrefixCache
 from .model import SAGE, load_all, read_header, save_sage
 from .graph import GeoSide, epoch_graph
 from .batches import CliqueBatches
@@ -55,7 +56,7 @@ def load_weights(
     if header['holds'] == 'all': load_all(model, state, path)
     else: model.load_trainable(state, path)
 
-# %% ../nbs/43_train.ipynb #d980fb03
+# %% ../nbs/43_train.ipynb #6a6703ea
 class Supply:
     "The tables of a training as the model takes them, checked; the geography; kept tokens."
     def __init__(self,
@@ -73,11 +74,17 @@ class Supply:
         self.geo = GeoSide(self.tables['mined'], settings.radius)
         self.batches = samplers(settings, self.tables, self.geo)
         sizes = [check_size(s, model.patch) for s in (settings.image_size, settings.eval_size)]
-        self.plain = Views(self.tables['mined'], eval_transform(sizes[0]), self.tokens('mined', sizes[0]))
+        self.disk = PrefixCache(settings.prefix_cache, model.backbone, settings.cache_gb) if settings.prefix_cache else None
+        self.plain = self.undistorted('mined', sizes[0])
         self.sources = [self.training(name, sizes[0]) for name in ('mined', 'labelled') if name in self.tables]
-        self.validations = [Validation(t, Views(t, eval_transform(sizes[1]), self.tokens(n, sizes[1])), n) for n, t in val_tables.items()]
+        self.validations = [Validation(t, self.undistorted(n, sizes[1]), n) for n, t in val_tables.items()]
+
+    def undistorted(self, name, size): # Views of a table for embedding
+        kept = self.disk.at(size, precision_of(self.settings, self.model)) if self.disk else None
+        return Views(self.tables[name], eval_transform(size), self.tokens(name, size), kept=kept)
 
     def tokens(self, name, size): # kept tokens of a table, or None when there is no memory for them
+        if self.disk: return None
         key, need = (name, size), cache_bytes(self.model, self.tables[name], size)
         if key in self.caches or need > self.left: return self.caches.get(key)
         with self.tick(f'keeping tokens of {name}', len(self.tables[name])) as tick:
@@ -309,8 +316,8 @@ def on_exception(self:EpochGraph, trainer, module, exception):
         rows = dict(zip(('mined', 'labelled'), (b[index] for b in self.steps.batches)))
         write_json(self.run.path/'failed.json', dict(epoch=self.epoch + 1, step=module.step + 1, rows=rows, **module.last))
 
-# %% ../nbs/43_train.ipynb #6c609a4c
-FREE = ('epochs', 'device', 'devices', 'workers', 'log_every')      # settings a resumed run may change
+# %% ../nbs/43_train.ipynb #b4404a3f
+FREE = ('epochs', 'device', 'devices', 'workers', 'log_every', 'prefix_cache')      # settings a resumed run may change
 
 def config_of(
     settings:Settings,
