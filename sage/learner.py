@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['hardness', 'SageModule', 'save_state', 'load_state']
 
-# %% ../nbs/35_learner.ipynb #b4464ed6
+# %% ../nbs/35_learner.ipynb #ee0cb553
 import json
 from collections import Counter
 import lightning as L, numpy as np, safetensors, torch
@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 from .core import UserError, atomic, seed_of
 from .model import SAGE
-from .feed import by_source, run_views
+from .ranks import gathered, world
+from .feed import by_source, run_views, tokens_of
 from .settings import Settings
 
 # %% ../nbs/35_learner.ipynb #d8293741
@@ -32,7 +34,7 @@ def hardness(
     negative = distance.masked_fill(same, float('inf')).amin(1)
     return positive.mean().item(), negative.mean().item()
 
-# %% ../nbs/35_learner.ipynb #a781e0b8
+# %% ../nbs/35_learner.ipynb #38dab54f
 class SageModule(L.LightningModule):
     "A SAGE model with its loss, optimiser and schedule (METHOD §6)."
     def __init__(self,
@@ -51,18 +53,33 @@ class SageModule(L.LightningModule):
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1., end_factor=s.lr_end, total_iters=s.lr_steps)
         return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=schedule, interval='step'))
 
-    def source_loss(self, views, labels): # of one source: (loss, number of pairs, hardest positive, hardest negative)
-        d = run_views(self.model, views, cross_image=self.model.interact is not None)
+    def describe(self, views, source): # descriptors of the whole batch of one source, those of all devices
+        n, m = self.settings.chunk or len(views), self.model
+        if n >= len(views) and world()[1] == 1: return run_views(m, views, cross_image=m.interact is not None)
+        d = gathered(torch.cat([self.piece(views[i:i + n], source, world()[0] * len(views) + i) for i in range(0, len(views), n)]))
+        if m.interact is None: return d
+        self.sow(source, 'head')
+        return m.interact(d)
+
+    def piece(self, views, source, start): # descriptors of images start, start + 1, … of the batch
+        tokens = tokens_of(self.model, views)
+        self.sow(source, start)
+        return checkpoint(self.model.from_prefix, tokens, use_reentrant=False) if self.settings.chunk else self.model.from_prefix(tokens)
+
+    def sow(self, *names): torch.manual_seed(seed_of(self.settings.seed, 'dropout', self.step, *names))
+
+    def source_loss(self, source, views, labels): # of one source: (loss, number of pairs, hardest positive, hardest negative)
+        d, labels = self.describe(views, source), gathered(labels)
         with torch.autocast(d.device.type, enabled=False):
             d = d.float()
             pairs = self.miner(d, labels)
             return self.loss(d, labels, pairs), len(pairs[0]) + len(pairs[2]), *hardness(d, labels)
 
     def training_step(self, batch, index):
-        torch.manual_seed(seed_of(self.settings.seed, 'dropout', self.step))
-        losses, pairs, positive, negative = zip(*(self.source_loss(*part) for part in by_source(batch)))
+        self.sow()
+        losses, pairs, positive, negative = zip(*(self.source_loss(i, *part) for i, part in enumerate(by_source(batch))))
         loss = sum(losses)
-        self.last = dict(loss=loss.item(), mined_pairs=sum(pairs), hardest_positive=float(np.mean(positive)), hardest_negative=float(np.mean(negative)), images=len(batch[1]))
+        self.last = dict(loss=loss.item(), mined_pairs=sum(pairs), hardest_positive=float(np.mean(positive)), hardest_negative=float(np.mean(negative)), images=len(batch[1]) * world()[1])
         if not np.isfinite(self.last['loss']):
             raise UserError(f'step {self.step + 1}: the loss is {self.last["loss"]}; the images of this batch are in failed.json, try a lower lr or precision 32')
         self.sums.update(self.last, steps=1)
