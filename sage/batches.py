@@ -202,8 +202,8 @@ def pick_members(rows, ptr, slots, xy, F, which, k, sign, floor, state):
         for t in range(k): out[s, t] = mine[order[t]]
     return out
 
-# %% ../nbs/22_batches.ipynb #27cb2e75
-ATTEMPTS, PATIENCE, LIMIT = 5, 1000, 1000      # new beginnings of a batch; draws in a row without a clique before one; cliques of a draw with the same lowest image
+# %% ../nbs/22_batches.ipynb #ab416033
+ATTEMPTS, PATIENCE, LIMIT = 5, 1000, 1000      # new beginnings of a batch, ten times as many once a batch was filled; draws in a row without a clique before one; cliques of a draw with the same lowest image
 
 class Pass:
     "Batches of one epoch, one after another, without end."
@@ -230,7 +230,8 @@ class Pass:
         "Cliques for the slots of one batch into `rows` and `ptr`. Raises `UserError` if the data cannot fill it."
         (P, k), best = self.b.shape, 0
         each, min_size, patience = (P, max(self.b.min_size, k), PATIENCE) if self.how.graph else (1, k, 2*len(self.b.usable))
-        for attempt in range(ATTEMPTS):
+        attempts = ATTEMPTS*(10 if self.n else 1)
+        for attempt in range(attempts):
             self.stamp, slots, self.counts[7] = self.stamp + 1, 0, 0
             while slots < P and self.counts[7] < patience:
                 if self.cursor == len(self.round): self.round, self.cursor = self._draw(), 0
@@ -239,7 +240,7 @@ class Pass:
             if slots == P: return
             best, self.restarts = max(best, slots), self.restarts + 1
         r = f'{self.b.geo.radius:g} m'
-        raise UserError(f'only {best} of the {P} places of a batch can be filled: these {len(self.taken)} images do not hold {P} groups of {k} images that are within {r} of one another and {r} from other groups; '
+        raise UserError(f'only {best} of the {P} places of a batch could be filled in {attempts} attempts: these {len(self.taken)} images do not hold {P} groups of {k} images that are within {r} of one another and {r} from other groups; '
                         f'use places_per_batch={best} or fewer, or give more images' if best else f'no place of {k} images within {r} of one another could be drawn; use fewer images_per_place, or give more images')
 
     def __next__(self):

@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'train_parser', 'tables_for', 'base_settings', 'sage_trai
            'published_lines', 'eval_parser', 'sage_eval', 'measure', 'show_audit', 'demo_table', 'sage_demo',
            'sage_ablate', 'main']
 
-# %% ../nbs/70_cli.ipynb #c3966a26
+# %% ../nbs/70_cli.ipynb #4f7c5ccc
 import argparse, sys, time
 from collections import Counter
 from pathlib import Path
@@ -25,20 +25,20 @@ from .settings import Settings, make_model
 from .memory import memory_report
 from .train import fit
 from .ablation import METHODS, POOLINGS, ablate, as_markdown, cells
-from .sources import DEV, WORLD, by_radius, evaluation_sets, training_tables, validation_tables, world
+from .sources import DEV, WORLD, by_radius, evaluation_sets, training_and_validation, world
 from .cli_export import sage_export, sage_pca
 from .cli_data import sage_data
 from .cli_report import sage_report
 from .cli_photos import sage_describe, sage_where
 from .command import Parser, add_settings, can_hold, command, count, eval_side, free_folder, metres, model_of, new_run, said, settings_from, size, write_csv
 
-# %% ../nbs/70_cli.ipynb #9f520269
+# %% ../nbs/70_cli.ipynb #fbc45141
 def train_parser():
     "Arguments of `sage_train`."
     p = Parser('sage_train', description='Train SAGE on geotagged images; everything is written to a run folder that --resume goes on with.')
     p.add_argument('--data', action='append', metavar='PATH|world', help='training images; twice: one source is mined, the other (GSV-Cities) goes by its labels')
     p.add_argument('--format', action='append', choices=('auto', *FORMATS), help='layout of --data; auto looks at the folder')
-    p.add_argument('--val', action='append', default=[], metavar='PATH|world', help="validation set with database and queries; without it MSLS's own cph and sf, or the world's towns")
+    p.add_argument('--val', action='append', default=[], metavar='PATH|world', help="validation set with database and queries; without it MSLS's own cph and sf, the world's towns, or the eastern end of what is mined")
     p.add_argument('--run', metavar='FOLDER', help='run folder; default runs/<strategy>-<seed>')
     p.add_argument('--resume', action='store_true', help='go on with the run in --run; its settings are taken, and its data where --data is not given')
     p.add_argument('--scan', action=argparse.BooleanOptionalAction, default=True, help='decode every image once beforehand, so that unreadable ones are left out')
@@ -49,7 +49,7 @@ def train_parser():
 
 def tables_for(args):
     "Training and validation tables: from --data and --val, or those that the resumed run remembers."
-    if args.data: return training_tables(args.data, args.format or ['auto'], args.scan), validation_tables(args.val, args.data, args.scan)
+    if args.data: return training_and_validation(args.data, args.val, args.format or ['auto'], args.scan, not args.quiet)
     run = Run(args.run)
     tables = {name: run.table(name) for name in run.config.get('tables', {})}
     return {n: t for n, t in tables.items() if n in ('mined', 'labelled')}, {n: t for n, t in tables.items() if n not in ('mined', 'labelled')}
@@ -109,7 +109,7 @@ def published_lines(
     head = 'published (' + SOURCE + ')' if protocol.published else ''
     return [head] * bool(head) + [f'  {label:<22} ' + '  '.join(f'R@{k} {v:5.1f}' for k, v in zip((1, 5, 10), row)) for label, row in protocol.published.items()]
 
-# %% ../nbs/70_cli.ipynb #6e94baf7
+# %% ../nbs/70_cli.ipynb #1a0533d1
 def eval_parser():
     "Arguments of `sage_eval`."
     p = Parser('sage_eval', description='Recall of a checkpoint on benchmarks or folders, with the protocol it was measured by.')
@@ -143,7 +143,7 @@ def sage_eval(argv):
     args = eval_parser().parse_args(argv)
     names = [n for part in args.benchmark for n in part.split(',')]
     if args.out: can_hold(args.out)
-    sets = evaluation_sets(args.data, names, data_root(args.data_root), args.frames, args.radius, args.scan)
+    sets = evaluation_sets(args.data, names, data_root(args.data_root), args.frames, args.radius, args.scan, not args.quiet)
     model, name, trained = model_of(args)
     device = pick_device(args.device)
     model.to(device).eval()
@@ -205,7 +205,7 @@ def sage_demo(argv):
     print(f'{time.perf_counter() - start:.0f} s of training and measuring, peak memory {peak_memory() / 1e9:.1f} GB')
     print(f'run folder: {run.path}')
 
-# %% ../nbs/70_cli.ipynb #8433de8f
+# %% ../nbs/70_cli.ipynb #2c9ec1de
 @command
 def sage_ablate(argv):
     "The paper's Table 5 on the world or on your data."
@@ -223,7 +223,7 @@ def sage_ablate(argv):
     settings = settings_from(args, **(WORLD if args.data == 'world' else {}) | (DEV if args.dev else {}))
     cells(args.seeds, tuple(args.poolings), tuple(args.strategies))                # unknown names are refused before anything is read
     if args.dev: towns = world(dev=True); train, val = towns['train'], towns['val']
-    else: train, val = training_tables([args.data], ['auto']), validation_tables(args.val, [args.data])
+    else: train, val = training_and_validation([args.data], args.val, progress=not args.quiet)
     rows = ablate(settings, train, val, Path(args.out), args.seeds, tuple(args.poolings), tuple(args.strategies), progress=not args.quiet)
     print(as_markdown(rows))
     print(f'written: {args.out}/results.csv, {args.out}/table.md')

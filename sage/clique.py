@@ -40,7 +40,7 @@ def seed_scores(
     "S(i) = Σ_{j≠i} W_ij/(N−1) (METHOD §5). Raises `UserError` for weights that are not square."
     return _scores(_weights(weights))
 
-# %% ../nbs/21_clique.ipynb #f77e0f7f
+# %% ../nbs/21_clique.ipynb #c047cd8a
 @jit
 def greedy(
     W, # float64 [N, N], no NaN, no +inf; the diagonal is not looked at
@@ -53,7 +53,7 @@ def greedy(
         best, highest = -1, -np.inf
         for i in range(N):
             value = S[i] if step == 0 else total[i]/step
-            if not taken[i] and (best < 0 or value > highest): best, highest = i, value
+            if not taken[i] and (best < 0 or value - highest > 1e-12*abs(value)): best, highest = i, value    # rounding is no reason to prefer one
         order[step], taken[best] = best, True
         for i in range(N): total[i] += W[i, best]
     return order

@@ -56,7 +56,7 @@ def load_image(
         image.load()
         return _rgb(_upright(image, path))
 
-# %% ../nbs/05_images.ipynb #f7435326
+# %% ../nbs/05_images.ipynb #f6cc8478
 def _reason(path):
     "Why an image cannot be read; '' where it can."
     try: load_image(path)
@@ -65,10 +65,11 @@ def _reason(path):
 
 def scan_images(
     df:pd.DataFrame, # a table of places
+    progress:bool=True, # show a bar
 ) -> tuple: # (the rows whose image can be read, list of (path, reason) of the others)
     "Decode every image of a table once. Raises `UserError` where none can be read."
     with ThreadPoolExecutor() as pool:
-        reasons = list(tqdm(pool.map(_reason, df['image']), total=len(df), desc='scanning', unit='image'))
+        reasons = list(tqdm(pool.map(_reason, df['image']), total=len(df), desc='scanning', unit='image', disable=not progress))
     bad = [(path, reason) for path, reason in zip(df['image'], reasons) if reason]
     if len(bad) == len(df): raise UserError(f'none of the {len(df):,} images can be read{": " + bad[0][1] if bad else ""}')
     return df[[not r for r in reasons]].reset_index(drop=True), bad
@@ -102,15 +103,16 @@ def eval_transform(
     "Resize (bicubic, antialiased) and normalise. Raises `UserError` for what is no size."
     return v2.Compose([v2.Resize(_pair(size), v2.InterpolationMode.BICUBIC, antialias=True), *_to_tensor()])
 
-# %% ../nbs/05_images.ipynb #f03db682
+# %% ../nbs/05_images.ipynb #a24c8944
 def train_transform(
     size,                  # pixels of a square, or (height, width)
-    augment='randaugment', # 'randaugment': three random operations; 'none': as in evaluation
+    augment='randaugment', # 'randaugment': random operations; 'none': as in evaluation
+    ops=3,                 # how many
 ) -> v2.Compose:           # PIL image → float32 [3, H, W]
     "Resize, augment, normalise (METHOD §6: RandAugment with 3 operations). Raises `UserError` for an unknown augmentation."
     if augment not in ('randaugment', 'none'): raise UserError(f"augmentation {augment!r} is unknown; use 'randaugment' or 'none'")
     if augment == 'none': return eval_transform(size)
-    return v2.Compose([v2.Resize(_pair(size), v2.InterpolationMode.BICUBIC, antialias=True), v2.RandAugment(num_ops=3, interpolation=v2.InterpolationMode.BILINEAR), *_to_tensor()])
+    return v2.Compose([v2.Resize(_pair(size), v2.InterpolationMode.BICUBIC, antialias=True), v2.RandAugment(num_ops=ops, interpolation=v2.InterpolationMode.BILINEAR), *_to_tensor()])
 
 # %% ../nbs/05_images.ipynb #c43830db
 @contextmanager

@@ -41,7 +41,11 @@ class Living(TorchDispatchMode):
 
     def spare(self, tensors): self.known |= {t.untyped_storage()._cdata for t in tensors} # were there before: not counted
 
-# %% ../nbs/36_memory.ipynb #5d2ac797
+# %% ../nbs/36_memory.ipynb #f43b7740
+def _images(settings, sources): # of each source on one device
+    places = [settings.places_per_batch, settings.labelled_places or settings.places_per_batch][:sources]
+    return [p * settings.images_per_place // (settings.devices * settings.num_nodes) for p in places]
+
 def _run_step(module, sizes, images, device, precision): # forward and backward of one step
     descriptors = []
     with autocast(device, precision):
@@ -57,19 +61,19 @@ def expected_bytes(
     "Memory of a training step on one of the settings' devices."
     precision = pick_precision(settings.precision, device)
     sizes, evals = (check_size(s) for s in (settings.image_size, settings.eval_size))
-    each = settings.places_per_batch * settings.images_per_place // (settings.devices * settings.num_nodes)
+    each = _images(settings, sources)
     with torch.device('meta'): model = make_model(settings, pretrained=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         module = SageModule(model.to_empty(device='cpu'), settings).train()
         size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
         trained = size(p for p in model.parameters() if p.requires_grad)
-        with Living() as step: step.spare([*model.parameters(), *model.buffers()]); _run_step(module, sizes, [each] * sources, 'cpu', precision)
-        parts = dict(parameters=size([*model.parameters(), *model.buffers()]), optimizer=2 * trained, gradients=trained, images=sources * each * 3 * sizes[0] * sizes[1] * 4)
+        with Living() as step: step.spare([*model.parameters(), *model.buffers()]); _run_step(module, sizes, each, 'cpu', precision)
+        parts = dict(parameters=size([*model.parameters(), *model.buffers()]), optimizer=2 * trained, gradients=trained, images=sum(each) * 3 * sizes[0] * sizes[1] * 4)
         with Living() as eyes, torch.no_grad(), autocast('cpu', precision): eyes.spare([*model.parameters(), *model.buffers()]); model.eval()(torch.empty(settings.embed_batch, 3, *evals))
     total = parts['parameters'] + parts['optimizer'] + step.peak
     return parts | dict(activations=total - sum(parts.values()), peak=total, describing=parts['parameters'] + parts['optimizer'] + eyes.peak)
 
-# %% ../nbs/36_memory.ipynb #ce2dbb59
+# %% ../nbs/36_memory.ipynb #8502ff7c
 def measured_bytes(
     settings:Settings,
     sources:int=1, # tables that train
@@ -78,8 +82,7 @@ def measured_bytes(
     "Peak memory of a real step on noise, with parameters and optimiser."
     device = torch.device(device)
     module, precision = SageModule(make_model(settings, pretrained=False).to(device), settings).train(), pick_precision(settings.precision, device)
-    each = settings.places_per_batch * settings.images_per_place // (settings.devices * settings.num_nodes)
-    step = lambda: _run_step(module, check_size(settings.image_size), [each] * sources, device, precision)
+    step = lambda: _run_step(module, check_size(settings.image_size), _images(settings, sources), device, precision)
     trained = sum(p.numel() * 4 for p in module.parameters() if p.requires_grad)
     there = sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
     with torch.random.fork_rng([device] if device.type == 'cuda' else []):
@@ -95,7 +98,7 @@ def _profiled(step):
     for _, _, n in events: now += n; peak = max(peak, now)
     return peak
 
-# %% ../nbs/36_memory.ipynb #5b04fe11
+# %% ../nbs/36_memory.ipynb #da7e60e9
 def memory_report(
     settings:Settings,
     sources:int=1, # tables that train
@@ -104,8 +107,8 @@ def memory_report(
     device = pick_device(settings.device)
     expected = expected_bytes(settings, sources, device)
     table = pd.Series({k: f'{v / 1e9:.2f} GB' for k, v in expected.items() if k != 'describing'})
-    n, each = settings.devices * settings.num_nodes, settings.places_per_batch * settings.images_per_place
-    lines = [f'a step of {sources} × {each} images' + (f' on {n} devices, each' if n > 1 else '') + f' ({device}, {pick_precision(settings.precision, device)}' + (f', {settings.chunk} images at a time' if settings.chunk else '') + '):', table.to_string(),
+    n, each = settings.devices * settings.num_nodes, _images(settings, sources)
+    lines = [f'a step of {" + ".join(map(str, each))} images' + (' on each device' if n > 1 else '') + f' ({device}, {pick_precision(settings.precision, device)}' + (f', {settings.chunk} images at a time' if settings.chunk else '') + '):', table.to_string(),
              f'describing {settings.embed_batch} images for the graph and for recall: {expected["describing"] / 1e9:.2f} GB']
     return '\n'.join(lines + (on_card(settings, sources, device, expected['peak']) if device.type == 'cuda' else []))
 

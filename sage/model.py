@@ -102,11 +102,11 @@ def _maps(keep, grid):
     *dpn, exponent = [p.float() for p in keep['exponents']]
     return Maps(keep['beta'].float(), keep['norms'].float(), keep['probes'].float(), torch.stack(dpn, 1), exponent, grid)
 
-# %% ../nbs/14_model.ipynb #267e4ae8
+# %% ../nbs/14_model.ipynb #3b43d620
 def create_sage(
     backbone:str='vit_base_patch14_dinov2.lvd142m', # a timm vision transformer, or 'sage_nano'
     pretrained:bool|str|Path=True, # True: packaged, cached or downloaded; a path: that weights file; False: random
-    interact:bool=False, # with an InteractHead
+    interact:bool|dict=False, # with an InteractHead; a dict holds its sizes (`InteractHead`)
     probes:int=64, # K
     probe_dim:int=128, # D
     token_dim:int=256, # G
@@ -118,11 +118,12 @@ def create_sage(
 ) -> SAGE:
     "A SAGE model on a frozen backbone (SAGE, arXiv 2509.25723); UserError names what is wrong with an argument."
     sizes = dict(probes=probes, probe_dim=probe_dim, token_dim=token_dim, alpha=alpha, dropout=dropout)
-    config = dict(backbone=backbone, pretrained=pretrained is not False, interact=bool(interact), dpns=dpns, dpn_dropout=dpn_dropout, **sizes)
+    config = dict(backbone=backbone, pretrained=pretrained is not False, interact=interact, dpns=dpns, dpn_dropout=dpn_dropout, **sizes)
     with random_init(seed):
         body = Backbone(make_vit(backbone, pretrained), dpns, dropout=dpn_dropout)
         probing = SoftProbing(body.dim, **sizes)
-        return SAGE(body, probing, InteractHead(probing.dim) if interact else None, config)
+        head = InteractHead(probing.dim, **(interact if isinstance(interact, dict) else {})) if interact else None
+        return SAGE(body, probing, head, config)
 
 # %% ../nbs/14_model.ipynb #8f6aa42a
 @contextmanager

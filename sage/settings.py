@@ -14,18 +14,20 @@ from .model import SAGE, create_sage
 from .graph import TAU2
 from .batches import STRATEGIES
 
-# %% ../nbs/34_settings.ipynb #bbb04773
+# %% ../nbs/34_settings.ipynb #df6da14b
 @dataclass
 class Settings:
     "Everything that decides a training. UserError names a value that cannot be."
     strategy:str = 'sage'            # 'random', 'static', 'ogc', 'gws', 'sage', 'diverse': see `sage.batches`
     epochs:int = 4                   # graph rebuilds
     steps:int = 1000                 # batches in an epoch
-    places_per_batch:int = 30        # P of each source
+    places_per_batch:int = 30        # P of the mined source
+    labelled_places:int = 0          # P of the source that goes by labels, where there are two; 0: as many
     images_per_place:int = 4         # K, size of the greedy clique
     image_size:int|tuple = 224       # pixels in training and mining
     eval_size:int|tuple = 322        # pixels in validation
     augment:str = 'randaugment'      # or 'none'
+    augment_ops:int = 3              # operations of RandAugment
     lr:float = 6e-5                  # AdamW
     weight_decay:float = 9.5e-9      # AdamW
     lr_end:float = .2                # the learning rate falls linearly to this share
@@ -39,8 +41,12 @@ class Settings:
     min_size:int = 10                # a clique should have so many images
     tau2:float = TAU2                # τ₂ for descriptors of length 1
     node_features:str = 'place'      # F of a node: its 'place' descriptor, or its own 'image'
-    backbone:str = 'vit_base_patch14_dinov2.lvd142m' # see `create_sage`, as the next eight
+    backbone:str = 'vit_base_patch14_dinov2.lvd142m' # see `create_sage`, as the next twelve
     interact:bool = False            # train with the InteractHead
+    interact_dim:int = 768           # its width, a divisor of the descriptor's length
+    interact_heads:int = 16          # attention heads
+    interact_layers:int = 2          # encoder layers
+    interact_ffn:int = 1024          # width of its feed-forward layers
     probes:int = 64                  # K probes
     probe_dim:int = 128              # width of a probe
     token_dim:int = 256              # width of the token
@@ -64,12 +70,13 @@ class Settings:
     def __post_init__(self):
         for f in fields(self): setattr(self, f.name, checked(f.name, getattr(self, f.name)))
         n = self.devices * self.num_nodes
-        if self.places_per_batch % n: raise UserError(f'places_per_batch = {self.places_per_batch}: {n} devices share each batch; give a multiple of {n}')
+        for name in ('places_per_batch', 'labelled_places'):
+            if getattr(self, name) % n: raise UserError(f'{name} = {getattr(self, name)}: {n} devices share each batch; give a multiple of {n}')
         if n > 1 and ':' in str(self.device): raise UserError(f'device = {self.device}: {n} devices were asked for; leave out the number')
 
-# %% ../nbs/34_settings.ipynb #9e47aead
-COUNTS = 'epochs steps places_per_batch images_per_place lr_steps similar min_size embed_batch log_every probes probe_dim token_dim dpns devices num_nodes'.split()
-ZERO_OR_MORE = 'weight_decay miner_epsilon workers chunk cache_gb seed alpha dropout dpn_dropout'.split()
+# %% ../nbs/34_settings.ipynb #e7dd34b8
+COUNTS = 'epochs steps places_per_batch images_per_place lr_steps similar min_size embed_batch log_every probes probe_dim token_dim dpns devices num_nodes augment_ops interact_dim interact_heads interact_layers interact_ffn'.split()
+ZERO_OR_MORE = 'weight_decay miner_epsilon labelled_places workers chunk cache_gb seed alpha dropout dpn_dropout'.split()
 FINITE = 'tau2 loss_base'.split()
 ABOVE_ZERO = 'lr lr_end radius loss_alpha loss_beta'.split()
 CHOICES = dict(augment=('randaugment', 'none'), node_features=('place', 'image'), strategy=tuple(STRATEGIES))
@@ -84,19 +91,20 @@ def checked(
     if name in CHOICES and value not in CHOICES[name]: raise UserError(f'{name} = {value!r}: choose one of {", ".join(sorted(CHOICES[name]))}')
     if name in COUNTS and (not whole or value < LEAST.get(name, 1)): raise UserError(f'{name} = {value!r}: give a whole number of {LEAST.get(name, 1)} or more')
     if name in ZERO_OR_MORE + ABOVE_ZERO + FINITE and not (number and np.isfinite(value)): raise UserError(f'{name} = {value!r}: give a number')
-    if name in ('workers', 'seed', 'chunk') and not whole: raise UserError(f'{name} = {value!r}: give a whole number')
+    if name in ('workers', 'seed', 'chunk', 'labelled_places') and not whole: raise UserError(f'{name} = {value!r}: give a whole number')
     if name in ZERO_OR_MORE and value < 0: raise UserError(f'{name} = {value!r}: give 0 or more')
     if name in ABOVE_ZERO and value <= 0: raise UserError(f'{name} = {value!r}: give a number above 0')
     return tuple(value) if isinstance(value, list) else value
 
-# %% ../nbs/34_settings.ipynb #da9eb9c9
+# %% ../nbs/34_settings.ipynb #ddfcfccc
 def make_model(
     settings:Settings,
     pretrained=True, # see `create_sage`
 ) -> SAGE:
     "The model that the settings describe, its new layers initialised from the run's seed."
-    names = 'backbone interact probes probe_dim token_dim alpha dropout dpns dpn_dropout seed'.split()
-    return create_sage(pretrained=pretrained, **{n: getattr(settings, n) for n in names})
+    s, names = settings, 'backbone probes probe_dim token_dim alpha dropout dpns dpn_dropout seed'.split()
+    head = dict(d_model=s.interact_dim, heads=s.interact_heads, layers=s.interact_layers, ffn=s.interact_ffn)
+    return create_sage(pretrained=pretrained, interact=head if s.interact else False, **{n: getattr(s, n) for n in names})
 
 def precision_of(
     settings:Settings,

@@ -66,7 +66,7 @@ def merge_nearest(
     keep = np.argsort(d, axis=1, kind='stable')[:, :k]                                     # stable: the old, lower rows first
     return np.take_along_axis(d, keep, 1), np.take_along_axis(i, keep, 1)
 
-# %% ../nbs/32_stream.ipynb #6fbc535f
+# %% ../nbs/32_stream.ipynb #319b9228
 def stream_search(
     queries,          # descriptors [Q, D]
     database,         # descriptors [N, D], an array or a memory-map of float16 or float32
@@ -78,6 +78,7 @@ def stream_search(
     queries, database = check_descriptors(queries, 'queries'), check_descriptors(database, 'database')
     if queries.shape[1] != database.shape[1]: raise UserError(f'queries have {queries.shape[1]} numbers, database rows {database.shape[1]}; embed both with one model')
     if k < 1: raise UserError(f'k = {k}: ask for at least one neighbour')
+    one = np.zeros((1, 1), np.float32); search(one, one, 1)                                # compiles what is needed, before memory is measured
     before, size, k, pieces = peak_memory(), piece_bytes(memory, resident(), database), min(k, len(database)), 0
     best = np.empty((len(queries), 0)), np.empty((len(queries), 0), np.int64)
     for start, piece in chunks(database, 'database', size):

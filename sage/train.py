@@ -58,7 +58,7 @@ def load_weights(
     if header['holds'] == 'all': load_all(model, state, path)
     else: model.load_trainable(state, path)
 
-# %% ../nbs/43_train.ipynb #6a6703ea
+# %% ../nbs/43_train.ipynb #355353dd
 class Supply:
     "The tables of a training as the model takes them, checked; the geography; kept tokens."
     def __init__(self,
@@ -98,7 +98,7 @@ class Supply:
     def training(self, name, size): # Views of a training table
         s = self.settings
         tokens = self.tokens(name, size) if s.augment == 'none' else None
-        return Views(self.tables[name], train_transform(size, s.augment), tokens, seed_of(s.seed, name))
+        return Views(self.tables[name], train_transform(size, s.augment, s.augment_ops), tokens, seed_of(s.seed, name))
 
 # %% ../nbs/43_train.ipynb #7ee04bb9
 def check_sources(
@@ -168,7 +168,7 @@ class EpochGraph(L.Callback):
         with self.ticker(what, len(mine)) as tick: d = embed(self.supply.model, views, mine, tick=tick, **self.how())
         return collect(d, len(rows), self.settings.embed_batch)
 
-# %% ../nbs/43_train.ipynb #b2057a6f
+# %% ../nbs/43_train.ipynb #ecdd0023
 def samplers(
     settings:Settings,
     tables:dict,  # 'mined', and 'labelled' if there is one
@@ -176,10 +176,10 @@ def samplers(
 ) -> list:        # of CliqueBatches, one for each source
     "The batch samplers of a training: the mined one, and by place labels where there is a second table."
     s = settings
-    size = dict(places_per_batch=s.places_per_batch, images_per_place=s.images_per_place, radius=s.radius)
-    mined = CliqueBatches(tables['mined'], strategy=s.strategy, seed=s.seed, similar=s.similar, min_size=s.min_size, tau2=s.tau2, geo=geo, **size)
+    size = dict(images_per_place=s.images_per_place, radius=s.radius)
+    mined = CliqueBatches(tables['mined'], strategy=s.strategy, seed=s.seed, similar=s.similar, min_size=s.min_size, tau2=s.tau2, geo=geo, places_per_batch=s.places_per_batch, **size)
     if 'labelled' not in tables: return [mined]
-    return [mined, CliqueBatches(tables['labelled'], strategy='random', seed=seed_of(s.seed, 'labelled'), **size)]
+    return [mined, CliqueBatches(tables['labelled'], strategy='random', seed=seed_of(s.seed, 'labelled'), places_per_batch=s.labelled_places or s.places_per_batch, **size)]
 
 @patch
 def remember_first(self:EpochGraph, epoch): # a resumed strategy that keeps its first descriptors gets them again
@@ -189,11 +189,11 @@ def remember_first(self:EpochGraph, epoch): # a resumed strategy that keeps its 
     load_weights(self.run, epoch, self.supply.model)
 
 @patch
-def draw(self:EpochGraph, epoch, found): # the coming epoch's batches of each source [sources, steps, P, K]
+def draw(self:EpochGraph, epoch, found): # the coming epoch's batches, [steps, P, K] for each source
     s = self.settings
     for b, (_, d, i) in zip(self.supply.batches, (found, (None, None, None))): b.rebuild(d, epoch, i)
     with self.ticker(f'mining {epoch}: drawing', s.steps * len(self.supply.batches), 'batches') as tick:
-        return np.array([[(x, tick(1))[0] for x in islice(b, s.steps)] for b in self.supply.batches])
+        return [np.array([(x, tick(1))[0] for x in islice(b, s.steps)]) for b in self.supply.batches]
 
 @patch
 def mine(self:EpochGraph, epoch): # draws the coming epoch's batches; returns (found, seconds by part)
@@ -201,7 +201,8 @@ def mine(self:EpochGraph, epoch): # draws the coming epoch's batches; returns (f
     wanted = s.record_graph or s.strategy in ONLINE or (s.strategy in FIRST and not epoch)
     found = self.embed_places(epoch) if wanted else (None, None, None)
     embedded = time.perf_counter()
-    self.steps.fill(epoch + 1, list(array_from_first(self.draw(epoch, found) if first() else None)))
+    drawn = self.draw(epoch, found) if first() else [None] * len(self.supply.batches)
+    self.steps.fill(epoch + 1, [array_from_first(b) for b in drawn])
     return found, dict(embed_s=embedded - began, draw_s=time.perf_counter() - embedded)
 
 # %% ../nbs/43_train.ipynb #0262e92b

@@ -143,7 +143,6 @@ def test_bad_settings(argv, says, sets, tmp_path, capsys):
 def test_bad_train_paths(sets, tmp_path, capsys):
     common = ['--data', sets/'gsv', '--run', tmp_path/'run', *SMALL]
     refused('train', *SMALL, capsys=capsys, says='--data')
-    refused('train', *common, capsys=capsys, says='--val')
     refused('train', *common, '--val', sets/'gsv', capsys=capsys, says='')
     refused('train', *common, '--val', tmp_path/'nowhere', capsys=capsys, says='no such folder')
     refused('train', *common, '--val', sets/'bestadt', '--resume', capsys=capsys, says='no such run folder')
@@ -152,6 +151,14 @@ def test_bad_train_paths(sets, tmp_path, capsys):
     assert not (tmp_path/'run').exists()
     (tmp_path/'file').write_text('')
     refused('train', '--data', sets/'gsv', '--val', sets/'bestadt', '--run', tmp_path/'file', *SMALL, capsys=capsys, says='a file is in the way')
+
+
+def test_photographs_of_ones_own_validate_on_their_eastern_end(tmp_path):
+    write_gsv(cards(tmp_path/'a', 'Fdorf', places=24), tmp_path/'gsv')
+    cli.sage_train(['--data', tmp_path/'gsv', '--run', tmp_path/'run', '--quiet', *SMALL])
+    tables = {n: cli.Run(tmp_path/'run').table(n) for n in ('mined', 'held out')}
+    assert tables['mined'].easting.max() + 25 <= tables['held out'].easting.min()
+    assert set(cli.Run(tmp_path/'run').recalls().table) == {'held out'}
 
 
 def test_existing_run_needs_resume(sets, tmp_path, capsys):

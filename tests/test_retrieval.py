@@ -53,7 +53,7 @@ def test_memory_map_in_pieces(tmp_path, monkeypatch):
     np.save(tmp_path/'x.npy', x)
     want = search(q, x, 9)
     real = r.chunks
-    monkeypatch.setattr(r, 'chunks', lambda x, name, size=0: real(x, name, 2000))
+    monkeypatch.setattr(r, 'chunks', lambda x, name, size=0, check=True: real(x, name, 2000, check))
     got = search(q, np.load(tmp_path/'x.npy', mmap_mode='r'), 9)
     assert (got[1] == want[1]).all() and (got[0] == want[0]).all()
 

@@ -13,7 +13,7 @@ def project(test): return pytest('tests/test_project.py', '-k', test)
 
 def steps(quick=False):
     "(name, command, threads for each process) of every check."
-    rest = ['--ignore', 'tests/test_project.py', '--ignore', 'tests/test_browser.py', '-m', 'not wheel' + (' and not slow and not browser' if quick else '')]
+    rest = ['--ignore', 'tests/test_project.py', '-m', 'not wheel' + (' and not slow and not browser' if quick else '')]
     return [
         ('export freshness', project('export'), 1),
         ('notebooks clean', project('clean'), 1),

@@ -10,7 +10,7 @@
    fifths of the time the ViT sees a random half of the patches, which doubles its speed.
 No real image and no place label enters. The loss curve and every argument go into a JSON file beside the weights.
 """
-import argparse, json, math, time
+import argparse, json, math, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +153,8 @@ def draw_rows(a, generator):
 def save(vit, a, curve, step):
     "The weights with their checksum, and the card that says how they came about."
     path = pack_nano(vit, a.out)
-    card = dict(seed=SEED, towns=a.towns, poses=a.poses, minutes=a.minutes, batch=a.batch, lr=a.lr, agree=a.agree, steps=step, curve_columns=['step', 'look', 'distance', 'agree'], curve=curve)
+    made = dict(command=' '.join(['python', 'tools/train_nano.py', *sys.argv[1:]]), threads=torch.get_num_threads(), workers=a.workers, versions=dict(python=sys.version.split()[0], torch=torch.__version__, timm=timm.__version__, numpy=np.__version__))
+    card = dict(made, seed=SEED, towns=a.towns, poses=a.poses, minutes=a.minutes, batch=a.batch, lr=a.lr, agree=a.agree, steps=step, curve_columns=['step', 'look', 'distance', 'agree'], curve=curve)
     path.with_suffix('.json').write_text(json.dumps(card, indent=1))
 
 
