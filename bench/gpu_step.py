@@ -8,7 +8,8 @@ Ways: eager    float32, attention in steps, as published          (the alternati
       compile  the same, blocks and probing through torch.compile
 The matrix peak is measured first: the best of a few large products in bfloat16. The memory that sage_train --dry-run expects stands beside what was held.
 """
-import time
+import os, time
+os.environ.setdefault("KINETO_LOG_LEVEL", "99") # the profiler's own messages
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
