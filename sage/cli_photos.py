@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['GRID_SIDE', 'add_model_flags', 'answering', 'Asked', 'ask_photos', 'in_words', 'for_programs', 'answer_layer',
            'where_page', 'where_parser', 'sage_where', 'about_map', 'write_page', 'image_list', 'npy_header',
-           'NpyWriter', 'ParquetWriter', 'describe_to', 'sage_describe']
+           'NpyWriter', 'ParquetWriter', 'describe_to', 'open_parts', 'describe_parts', 'parts_summary',
+           'sage_describe', 'describe_here', 'said_of']
 
-# %% ../nbs/67_cli_photos.ipynb #149c70ce
-import argparse, contextlib, json, os, sys
+# %% ../nbs/67_cli_photos.ipynb #1c49ee02
+import argparse, contextlib, hashlib, json, os, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +19,17 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .core import UserError, atomic, existing, one_line, pick_device
+from .core import UserError, atomic, existing, one_line, pick_device, pick_precision
 from .images import check_size, load_image
 from .photos import find_photo_csv, inside, list_images, numbers, photo_label, read_csv
+from .ranks import launch, told
 from .sources import not_too_many
-from .where import GridModel, PhotoMap, ask, describe_files, ground_metres, in_map, in_space, own_rows, threshold, update_map
+from .where import GridModel, PhotoMap, ask, describe_files, ground_metres, in_map, in_space, model_hash, own_rows, threshold, update_map
 from .command import Parser, command, count, eval_side, max_bad_flag, metres, model_of, said, size
 from .viz.style import COLORS, escape, thumbnail
 from .viz.map import add_ground, add_note, empty_map, features, fit, layer, map_coordinates, map_html
 
-# %% ../nbs/67_cli_photos.ipynb #86c6b975
+# %% ../nbs/67_cli_photos.ipynb #9e787996
 GRID_SIDE = 224
 
 def add_model_flags(
@@ -50,7 +52,9 @@ def answering(
         model, name, trained = model_of(args)
         side = args.size or eval_side(trained, args.backbone)
     else: model, name, side = GridModel(), 'the packaged small backbone, not trained on photographs (a SAGE on DINOv2 weights is far better: --checkpoint)', args.size or GRID_SIDE
-    return model.to(pick_device(args.device)).eval(), name, check_size(side, model.patch)
+    device, me = pick_device(args.device), told()
+    if device.type == 'cuda' and me['size'] > 1: device = pick_device(f'cuda:{me["local"]}')
+    return model.to(device).eval(), name, check_size(side, model.patch)
 
 # %% ../nbs/67_cli_photos.ipynb #fc0ca66a
 @dataclass
@@ -296,7 +300,7 @@ class ParquetWriter:
 
     def close(self): self.flush(); self.file.close()
 
-# %% ../nbs/67_cli_photos.ipynb #876eca20
+# %% ../nbs/67_cli_photos.ipynb #16a35a52
 def describe_to(
     out:Path, # *.npy or *.parquet
     model, # with `describe`, `dim` and `patch`
@@ -305,18 +309,20 @@ def describe_to(
     batch_size:int = 32, # images at a time
     progress:str|None = None, # name of a progress bar
     max_bad:float = 1., # share of images that may be unreadable
+    precision:str = '32-true', # Lightning's name
+    empty:bool = False, # a file without rows will do
 )->list: # (image, reason) of those left out
     "Describe images into a file that is there whole or not at all. Raises `UserError` where none can be read."
     left_out, writer = [], dict(zip(('.npy', '.parquet'), (NpyWriter, ParquetWriter)))[out.suffix]
     with atomic(out) as part:
         with contextlib.closing(writer(part, model.dim)) as w:
-            for rows, d, bad in describe_files(model, df.image.tolist(), side, batch_size, progress):
+            for rows, d, bad in describe_files(model, df.image.tolist(), side, batch_size, progress, precision):
                 if len(rows): w.add(_with_position(df.iloc[rows]), d)
                 left_out += [(df.image[i], reason) for i, reason in bad]
         not_too_many(left_out, len(df), max_bad, out)
-        if not w.rows: raise UserError(f'none of the {len(df):,} images can be read: {left_out[0][1]}')
+        if not w.rows and not empty: raise UserError(f'none of the {len(df):,} images can be read: {left_out[0][1]}')
         if out.suffix == '.npy':
-            with atomic(out.with_suffix('.csv')) as names: pd.concat(w.names).to_csv(names, index=False)
+            with atomic(out.with_suffix('.csv')) as names: pd.concat([df[:0], *w.names]).to_csv(names, index=False)
     return left_out
 
 def _with_position(df):
@@ -324,25 +330,93 @@ def _with_position(df):
     own = [dict(lat=r.lat, lon=r.lon) if np.isfinite(r.lat) else _own_position(r.image) or dict(lat=np.nan, lon=np.nan) for r in df.itertuples()]
     return df.assign(lat=[o['lat'] for o in own], lon=[o['lon'] for o in own])
 
-# %% ../nbs/67_cli_photos.ipynb #600721db
+# %% ../nbs/67_cli_photos.ipynb #9ba3470c
+def open_parts(
+    out:Path, # folder, made where absent
+    job:dict, # what its parts belong to
+):
+    "Begin a folder of parts, or go on with it. Raises `UserError` where it belongs to something else."
+    path = out/'_job.json'
+    if out.exists() and not out.is_dir(): raise UserError(f'{out}: a file is in the way of a folder of parts; choose another name')
+    if not path.exists():
+        if out.exists() and any(not p.name.startswith('.') and p != path for p in out.iterdir()): raise UserError(f'{out}: holds files that are no parts of a description; choose another folder')
+        with atomic(path) as part: part.write_text(json.dumps(job, indent=1))
+        return
+    try: found = json.loads(path.read_text())
+    except ValueError: raise UserError(f'{path}: damaged; delete the folder to begin anew') from None
+    other = [k for k in job if not isinstance(found, dict) or found.get(k) != job[k]]
+    if other: raise UserError(f'{out}: holds parts of other {other[0]}; give what it was begun with, or choose another folder')
+
+def describe_parts(
+    out:Path, # folder, its name ends in .npy or .parquet
+    model, # with `describe`, `dim` and `patch`
+    df:pd.DataFrame, # of `image_list`
+    side, # (height, width)
+    rows:int, # images of a part
+    progress:str|None = None, # name of a progress bar
+    precision:str = '32-true', # Lightning's name
+    **how, # batch_size
+):
+    "This process's share of the parts that are not there yet."
+    names = hashlib.sha256(df.to_csv(index=False).encode()).hexdigest()
+    open_parts(out, dict(images=names, model=model_hash(model), size=list(side), precision=precision, rows=rows))
+    me, n = told(), -(-len(df) // rows)
+    for i in range(me['rank'], n, me['size']):
+        path = out/f'{i:05d}{out.suffix}'
+        if path.exists(): continue
+        bar = progress and not me['rank'] and f'{progress} {i + 1}/{n}'
+        left_out = describe_to(path, model, df[i*rows:(i + 1)*rows].reset_index(drop=True), side, progress=bar or None, precision=precision, empty=True, **how)
+        if left_out: pd.DataFrame(left_out, columns=['image', 'reason']).to_csv(out/f'_left_out_{i:05d}.csv', index=False)
+
+def parts_summary(
+    out:Path, # folder of parts
+)->tuple: # (number of parts, descriptors, list of (image, reason))
+    "What lies in a folder of parts."
+    parts = sorted(p for p in out.glob(f'[0-9]*{out.suffix}'))
+    count = lambda p: len(np.load(p, mmap_mode='r')) if p.suffix == '.npy' else pq.ParquetFile(p).metadata.num_rows
+    left = [tuple(r) for p in sorted(out.glob('_left_out_*.csv')) for r in pd.read_csv(p).to_numpy()]
+    return len(parts), sum(map(count, parts)), left
+
+# %% ../nbs/67_cli_photos.ipynb #9e843578
 @command
 def sage_describe(argv):
     "Descriptors of images as an array or a table."
     p = Parser('sage_describe', description='Descriptors of images: -o FILE.npy (and FILE.csv with their names in order) or -o FILE.parquet (image, lat, lon, embedding).')
     p.add_argument('images', nargs='+', metavar='IMAGES', help='images, folders, or csv files with a column path')
     p.add_argument('-o', '--out', required=True, metavar='FILE', help='*.npy or *.parquet')
+    p.add_argument('--parts', type=count, metavar='ROWS', help='write a folder of files of so many images each; the same command again goes on where it was stopped')
+    p.add_argument('--devices', type=count, default=1, metavar='N', help='processes on this machine, one for each device; writes parts')
+    p.add_argument('--num-nodes', type=count, default=1, metavar='N', help='machines; set MASTER_ADDR, MASTER_PORT and NODE_RANK on each, or use torchrun')
+    p.add_argument('--precision', default='auto', help='auto, 32, bf16, 16; auto is 32 on a CPU')
     add_model_flags(p)
-    args = p.parse_args(argv)
-    out = Path(args.out).expanduser().absolute()
+    args, me = p.parse_args(argv), told()
+    out, several = Path(args.out).expanduser().absolute(), args.devices * args.num_nodes > 1 or me['size'] > 1
     if out.suffix not in ('.npy', '.parquet'): raise UserError(f'{args.out}: descriptors are written as .npy or .parquet; choose one of these names')
-    if out.is_dir(): raise UserError(f'{args.out}: a folder is in the way; choose another name')
+    parts = args.parts or (10_000 if several else None)
+    if out.is_dir() and not parts: raise UserError(f'{args.out}: a folder is in the way; choose another name, or --parts to go on with parts that lie there')
     if out.suffix == '.npy' and str(out.with_suffix('.csv')) in [str(Path(s).expanduser().absolute()) for s in args.images]: raise UserError(f"{out.with_suffix('.csv')} would be overwritten by the names of the images; choose another name for {args.out}")
     df = image_list(args.images)
+    if several and me['size'] == 1:
+        if failed := launch([sys.executable, '-m', 'sage.cli', 'describe', *argv], args.devices, args.num_nodes): raise SystemExit(failed)
+    else: describe_here(args, df, out, parts)
+    if parts and me['size'] == 1:
+        n, rows, left_out = parts_summary(out)
+        said_of(df, rows, left_out, f'{out}: {n:,} parts')
+
+# %% ../nbs/67_cli_photos.ipynb #108a6326
+def describe_here(args, df, out, parts):
+    "What one process of `sage_describe` does."
     model, name, side = answering(args)
-    print(f'describing {len(df):,} images: {name}, at {side[0]}x{side[1]} pixels')
-    try: left_out = describe_to(out, model, df, side, args.batch_size, None if args.quiet else 'describing', args.max_bad)
+    if not told()['rank']: print(f'describing {len(df):,} images: {name}, at {side[0]}x{side[1]} pixels', flush=True)
+    how = dict(batch_size=args.batch_size, progress=None if args.quiet else 'describing', max_bad=args.max_bad, precision=pick_precision(args.precision, next(model.parameters()).device))
+    try:
+        if parts: return describe_parts(out, model, df, side, parts, **how)
+        said_of(df, None, describe_to(out, model, df, side, **how), out, model.dim)
     except OSError as e:
         if isinstance(e, UserError): raise
         raise UserError(f'{out}: cannot be written ({e.strerror}); choose another folder') from None
+
+def said_of(df, rows, left_out, what, dim=None):
+    "What was written, and what was left out."
     if left_out: print(f'{len(left_out):,} of {len(df):,} images cannot be read and are left out: ' + '; '.join(one_line(reason) for _, reason in left_out[:5]) + (' …' if len(left_out) > 5 else ''), file=sys.stderr)
-    print(f'written: {out}: {len(df) - len(left_out):,} descriptors of {model.dim} numbers')
+    print(f'written: {what}: {len(df) - len(left_out) if rows is None else rows:,} descriptors' + (f' of {dim} numbers' if dim else ''))

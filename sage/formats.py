@@ -71,7 +71,7 @@ def read_gsv(
     parts = [_read_gsv_city(folder.parent, path) for path in _choose(found, cities, folder).values()]
     return check_table(pd.concat(parts, ignore_index=True), folder)
 
-# %% ../nbs/04_formats.ipynb #5dd5faa2
+# %% ../nbs/04_formats.ipynb #53d0cc51
 MSLS_CITIES = {
     'train': 'trondheim london boston melbourne amsterdam helsinki tokyo toronto saopaulo moscow zurich paris bangkok budapest austin berlin ottawa phoenix goa amman nairobi manila'.split(),
     'val': ['cph', 'sf'],
@@ -100,7 +100,8 @@ def in_validation_city(
     df:pd.DataFrame, # a table of places, of any format
 ) -> np.ndarray:     # mask [N]
     "Which images are of Copenhagen or San Francisco: by the name of their city, and by where they were taken."
-    names = df.city.map({c: bool(_spellings(c) & set(MSLS_CITIES['val'])) for c in df.city.unique()}).to_numpy(bool)
+    held = {c: bool(_spellings(c) & set(MSLS_CITIES['val'])) for c in df.city.unique()}
+    names = np.array([held[c] for c in df.city], dtype=bool)
     for zone, rows in df.groupby('zone').indices.items():
         if not zone: continue
         lat, lon = to_latlon(df.easting.to_numpy()[rows], df.northing.to_numpy()[rows], zone)

@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['hardness', 'SageModule', 'save_state', 'load_state']
 
-# %% ../nbs/35_learner.ipynb #43fc8d5a
+# %% ../nbs/35_learner.ipynb #eefef41e
 import json
 from collections import Counter
 import lightning as L, numpy as np, torch
 import torch.nn.functional as F
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner
+from torch.utils.checkpoint import checkpoint
 from .core import UserError, seed_of
 from .model import SAGE, read_checked, write_checked
-from .feed import by_source, run_views
+from .ranks import gathered, world
+from .feed import by_source, run_views, tokens_of
 from .settings import Settings
 
 # %% ../nbs/35_learner.ipynb #d8293741
@@ -31,7 +33,7 @@ def hardness(
     negative = distance.masked_fill(same, float('inf')).amin(1)
     return positive.mean().item(), negative.mean().item()
 
-# %% ../nbs/35_learner.ipynb #dd794921
+# %% ../nbs/35_learner.ipynb #8202372c
 class SageModule(L.LightningModule):
     "A SAGE model with its loss, optimiser and schedule (METHOD §6)."
     def __init__(self,
@@ -50,8 +52,23 @@ class SageModule(L.LightningModule):
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1., end_factor=s.lr_end, total_iters=s.lr_steps)
         return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=schedule, interval='step'))
 
-    def source_loss(self, views, labels): # of one source: (loss, number of pairs, hardest positive, hardest negative)
-        d = run_views(self.model, views, cross_image=self.model.interact is not None)
+    def describe(self, views, source): # descriptors of the whole batch of one source, those of all devices
+        n, m = self.settings.chunk or len(views), self.model
+        if n >= len(views) and world()[1] == 1: return run_views(m, views, cross_image=m.interact is not None)
+        d = gathered(torch.cat([self.piece(views[i:i + n], source, world()[0] * len(views) + i) for i in range(0, len(views), n)]))
+        if m.interact is None: return d
+        self.sow(source, 'head')
+        return m.interact(d)
+
+    def piece(self, views, source, start): # descriptors of images start, start + 1, … of the batch
+        tokens = tokens_of(self.model, views)
+        self.sow(source, start)
+        return checkpoint(self.model.from_prefix, tokens, use_reentrant=False) if self.settings.chunk else self.model.from_prefix(tokens)
+
+    def sow(self, *names): torch.manual_seed(seed_of(self.settings.seed, 'dropout', self.step, *names))
+
+    def source_loss(self, source, views, labels): # of one source: (loss, number of pairs, hardest positive, hardest negative)
+        d, labels = self.describe(views, source), gathered(labels)
         self.finite.append(torch.isfinite(d.detach()).all(1))
         with torch.autocast(d.device.type, enabled=False):
             d = d.float()
@@ -59,14 +76,14 @@ class SageModule(L.LightningModule):
             return self.loss(d, labels, pairs), len(pairs[0]) + len(pairs[2]), *hardness(d, labels)
 
     def training_step(self, batch, index):
-        torch.manual_seed(seed_of(self.settings.seed, 'dropout', self.step))
+        self.sow()
         self.finite = []                                     # of each source: whether an image's descriptor is numbers, for its loss may hide that it is not
-        losses, pairs, positive, negative = zip(*(self.source_loss(*part) for part in by_source(batch)))
+        losses, pairs, positive, negative = zip(*(self.source_loss(i, *part) for i, part in enumerate(by_source(batch))))
         loss = sum(losses)
-        self.last = dict(loss=loss.item(), mined_pairs=sum(pairs), hardest_positive=float(np.mean(positive)), hardest_negative=float(np.mean(negative)), images=len(batch[1]))
+        self.last = dict(loss=loss.item(), mined_pairs=sum(pairs), hardest_positive=float(np.mean(positive)), hardest_negative=float(np.mean(negative)), images=len(batch[1]) * world()[1])
         broken = sum(int((~f).sum()) for f in self.finite)
         if broken or not np.isfinite(self.last['loss']):
-            what = f'the loss is {self.last["loss"]}' + (f' and {broken} of {len(batch[1])} descriptors are no numbers' if broken else '')
+            what = f'the loss is {self.last["loss"]}' + (f' and {broken} of {self.last["images"]} descriptors are no numbers' if broken else '')
             self.failed = dict(self.last)
             raise UserError(f'step {self.step + 1}: {what}; the batch is kept (sage_train --run FOLDER --again repeats it), try a lower lr or precision 32')
         self.sums.update(self.last, steps=1)

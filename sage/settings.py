@@ -14,7 +14,7 @@ from .model import SAGE, create_sage
 from .graph import TAU2
 from .batches import STRATEGIES
 
-# %% ../nbs/34_settings.ipynb #bc30be17
+# %% ../nbs/34_settings.ipynb #df6da14b
 @dataclass
 class Settings:
     "Everything that decides a training. UserError names a value that cannot be."
@@ -56,21 +56,27 @@ class Settings:
     dpn_dropout:float = .1           # in the power norms of the backbone
     precision:str = 'auto'           # '32', 'bf16', '16'
     device:str = 'auto'              # 'cpu', 'cuda', 'cuda:1'
-    devices:int = 1                  # one for now
+    devices:int = 1                  # on this machine; they share each batch
+    num_nodes:int = 1                # machines
+    chunk:int = 0                    # images through the last blocks at a time in training: less memory, same loss; 0: all
     workers:int = 0                  # processes that decode; never changes a result
     embed_batch:int = 64             # images at a time in mining and validation
-    cache_gb:float = 0.              # memory for kept tokens; 0 keeps none
+    cache_gb:float = 0.              # gigabytes for kept tokens, of memory or of prefix_cache; 0 keeps none
+    prefix_cache:str = ''            # folder for kept tokens, shared by trainings; empty: memory
     record_graph:bool = True         # write each epoch's graph, embedding for it where the strategy would not
     log_every:int = 10               # steps between rows of the metrics
     seed:int = 0                     # of every random stream
 
     def __post_init__(self):
         for f in fields(self): setattr(self, f.name, checked(f.name, getattr(self, f.name)))
-        if self.devices != 1: raise UserError(f'devices = {self.devices}: training runs on one device; choose it with device=cuda:1')
+        n = self.devices * self.num_nodes
+        for name in ('places_per_batch', 'labelled_places'):
+            if getattr(self, name) % n: raise UserError(f'{name} = {getattr(self, name)}: {n} devices share each batch; give a multiple of {n}')
+        if n > 1 and ':' in str(self.device): raise UserError(f'device = {self.device}: {n} devices were asked for; leave out the number')
 
-# %% ../nbs/34_settings.ipynb #3cc02e82
-COUNTS = 'epochs steps places_per_batch images_per_place lr_steps similar min_size embed_batch log_every probes probe_dim token_dim dpns devices augment_ops interact_dim interact_heads interact_layers interact_ffn'.split()
-ZERO_OR_MORE = 'weight_decay miner_epsilon labelled_places workers cache_gb seed alpha dropout dpn_dropout'.split()
+# %% ../nbs/34_settings.ipynb #4a5bc54d
+COUNTS = 'epochs steps places_per_batch images_per_place lr_steps similar min_size embed_batch log_every probes probe_dim token_dim dpns devices num_nodes augment_ops interact_dim interact_heads interact_layers interact_ffn'.split()
+ZERO_OR_MORE = 'weight_decay miner_epsilon labelled_places workers chunk cache_gb seed alpha dropout dpn_dropout'.split()
 FINITE = 'tau2 loss_base'.split()
 ABOVE_ZERO = 'lr lr_end radius loss_alpha loss_beta'.split()
 CHOICES = dict(augment=('randaugment', 'none'), node_features=('place', 'image'), strategy=tuple(STRATEGIES))
@@ -85,7 +91,7 @@ def checked(
     if name in CHOICES and value not in CHOICES[name]: raise UserError(f'{name} = {value!r}: choose one of {", ".join(sorted(CHOICES[name]))}')
     if name in COUNTS and (not whole or value < LEAST.get(name, 1)): raise UserError(f'{name} = {value!r}: give a whole number of {LEAST.get(name, 1)} or more')
     if name in COUNTS + ZERO_OR_MORE + ABOVE_ZERO + FINITE and not (number and abs(value) < 2**63): raise UserError(f'{name} = {value!r}: give a number')
-    if name in ('workers', 'seed', 'labelled_places') and not whole: raise UserError(f'{name} = {value!r}: give a whole number')
+    if name in ('workers', 'seed', 'chunk', 'labelled_places') and not whole: raise UserError(f'{name} = {value!r}: give a whole number')
     if name in ZERO_OR_MORE and value < 0: raise UserError(f'{name} = {value!r}: give 0 or more')
     if name in ('dropout', 'dpn_dropout') and value >= 1: raise UserError(f'{name} = {value!r}: give a share below 1')
     if name in ABOVE_ZERO and value <= 0: raise UserError(f'{name} = {value!r}: give a number above 0')

@@ -6,19 +6,22 @@
 __all__ = ['ONLINE', 'FIRST', 'FREE', 'KNOWN', 'save_checkpoint', 'drop_old_states', 'load_weights', 'read_weights', 'Supply',
            'check_sources', 'fingerprint', 'EpochGraph', 'samplers', 'facing', 'attention_of', 'flat', 'epoch_line',
            'parts_of', 'again', 'config_of', 'open_run', 'last_whole', 'quiet_lightning', 'stop_on_signals',
-           'make_trainer', 'plain_error', 'fit']
+           'make_trainer', 'own_device', 'plain_error', 'fit']
 
-# %% ../nbs/43_train.ipynb #aad319c8
+# %% ../nbs/43_train.ipynb #7824c6c0
 import hashlib, json, logging, re, signal, sys, threading, time, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import islice
 import lightning as L, numpy as np, pandas as pd, torch
 from fastcore.basics import patch
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from torch.utils.data import DataLoader, default_collate
 from .core import MissingPath, UserError, pick_device, pick_precision, seed_of
 from .places import check_table, place_rows
 from .images import check_size, eval_transform, train_transform
+from .prefix import PrefixCache
+from .ranks import array_from_first, collect, first, from_first, share, told, world
 from .model import SAGE, load_all, read_header, read_checked, save_sage
 from .graph import GeoSide, epoch_graph
 from .batches import CliqueBatches
@@ -66,7 +69,7 @@ def read_weights(
     if header['holds'] == 'all': load_all(model, state, path)
     else: model.load_trainable(state, path)
 
-# %% ../nbs/43_train.ipynb #68dbc51f
+# %% ../nbs/43_train.ipynb #355353dd
 class Supply:
     "The tables of a training as the model takes them, checked; the geography; kept tokens."
     def __init__(self,
@@ -84,11 +87,17 @@ class Supply:
         self.geo = GeoSide(self.tables['mined'], settings.radius)
         self.batches = samplers(settings, self.tables, self.geo)
         sizes = [check_size(s, model.patch) for s in (settings.image_size, settings.eval_size)]
-        self.plain = Views(self.tables['mined'], eval_transform(sizes[0]), self.tokens('mined', sizes[0]))
+        self.disk = PrefixCache(settings.prefix_cache, model.backbone, settings.cache_gb) if settings.prefix_cache else None
+        self.plain = self.undistorted('mined', sizes[0])
         self.sources = [self.training(name, sizes[0]) for name in ('mined', 'labelled') if name in self.tables]
-        self.validations = [Validation(t, Views(t, eval_transform(sizes[1]), self.tokens(n, sizes[1])), n) for n, t in val_tables.items()]
+        self.validations = [Validation(t, self.undistorted(n, sizes[1]), n) for n, t in val_tables.items()]
+
+    def undistorted(self, name, size): # Views of a table for embedding
+        kept = self.disk.at(size, precision_of(self.settings, self.model)) if self.disk else None
+        return Views(self.tables[name], eval_transform(size), self.tokens(name, size), kept=kept)
 
     def tokens(self, name, size): # kept tokens of a table, or None when there is no memory for them
+        if self.disk: return None
         key, need = (name, size), cache_bytes(self.model, self.tables[name], size)
         if key in self.caches or need > self.left: return self.caches.get(key)
         with self.tick(f'keeping tokens of {name}', len(self.tables[name])) as tick:
@@ -127,7 +136,7 @@ def fingerprint(
     rows = pd.util.hash_pandas_object(pd.DataFrame(dict(name=name, place=df.place, x=df.easting, y=df.northing, role=df.role)), index=False)
     return dict(images=len(df), places=len(place_rows(df)[0]), sha256=hashlib.sha256(rows.to_numpy().tobytes()).hexdigest()[:16])
 
-# %% ../nbs/43_train.ipynb #3e7ef1ff
+# %% ../nbs/43_train.ipynb #279ffc5b
 ONLINE, FIRST = ('ogc', 'sage', 'diverse'), ('static', 'gws')      # strategies that embed every epoch, or the first time only
 
 class EpochGraph(L.Callback):
@@ -141,7 +150,7 @@ class EpochGraph(L.Callback):
         progress:bool=True, # bars and a line for each epoch
     ):
         self.settings, self.supply, self.run, self.epoch, self.progress = settings, supply, run, start, progress
-        self.stop, self.steps, self.bar = stop or threading.Event(), Steps(settings.steps), None
+        self.stop, self.steps, self.bar = stop or threading.Event(), Steps(settings.steps, world()), None
 
     @contextmanager
     def ticker(self, what, total, unit='images'): # a bar as a function to call with each batch's size; the place where a stop is noticed
@@ -158,10 +167,15 @@ class EpochGraph(L.Callback):
         s, supply = self.settings, self.supply
         picked = one_image_each(supply.geo.codes, s.seed, epoch)
         rows = picked if s.node_features == 'place' else np.arange(len(supply.plain))
-        with self.ticker(f'mining {epoch}: embedding', len(rows)) as tick: d = embed(supply.model, supply.plain, rows, tick=tick, **self.how())
-        return (picked, d, None) if s.node_features == 'place' else (picked, d[picked], d)
+        d = self.embed_all(f'mining {epoch}: embedding', supply.plain, rows)
+        return (picked, d, None) if d is None or s.node_features == 'place' else (picked, d[picked], d)
 
-# %% ../nbs/43_train.ipynb #a2ad6e61
+    def embed_all(self, what, views, rows): # descriptors of rows; each device its share, all of them at the first, None elsewhere
+        mine = rows[share(len(rows), self.settings.embed_batch)]
+        with self.ticker(what, len(mine)) as tick: d = embed(self.supply.model, views, mine, tick=tick, **self.how())
+        return collect(d, len(rows), self.settings.embed_batch)
+
+# %% ../nbs/43_train.ipynb #3b0bd940
 def samplers(
     settings:Settings,
     tables:dict,  # 'mined', and 'labelled' if there is one
@@ -178,8 +192,15 @@ def samplers(
 def remember_first(self:EpochGraph, epoch): # a resumed strategy that keeps its first descriptors gets them again
     load_weights(self.run, 0, self.supply.model)
     _, descriptors, images = self.embed_places(0)
-    self.supply.batches[0].rebuild(descriptors, 0, images)
+    if first(): self.supply.batches[0].rebuild(descriptors, 0, images)
     load_weights(self.run, epoch, self.supply.model)
+
+@patch
+def draw(self:EpochGraph, epoch, found): # the coming epoch's batches, [steps, P, K] for each source
+    s = self.settings
+    for b, (_, d, i) in zip(self.supply.batches, (found, (None, None, None))): b.rebuild(d, epoch, i)
+    with self.ticker(f'mining {epoch}: drawing', s.steps * len(self.supply.batches), 'batches') as tick:
+        return [np.array([(x, tick(1))[0] for x in islice(b, s.steps)]) for b in self.supply.batches]
 
 @patch
 def mine(self:EpochGraph, epoch): # draws the coming epoch's batches; returns (found, seconds by part)
@@ -187,9 +208,8 @@ def mine(self:EpochGraph, epoch): # draws the coming epoch's batches; returns (f
     wanted = s.strategy in ONLINE or (not epoch and (s.record_graph or s.strategy in FIRST))
     found = self.embed_places(epoch) if wanted else (None, None, None)
     embedded = time.perf_counter()
-    for b, (_, d, i) in zip(self.supply.batches, (found, (None, None, None))): b.rebuild(d, epoch, i)
-    with self.ticker(f'mining {epoch}: drawing', s.steps * len(self.supply.batches), 'batches') as tick:
-        self.steps.fill(epoch + 1, [[(x, tick(1))[0] for x in islice(b, s.steps)] for b in self.supply.batches])
+    drawn = self.draw(epoch, found) if first() else [None] * len(self.supply.batches)
+    self.steps.fill(epoch + 1, [array_from_first(b) for b in drawn])
     return found, dict(embed_s=embedded - began, draw_s=time.perf_counter() - embedded)
 
 # %% ../nbs/43_train.ipynb #8a29cce5
@@ -221,7 +241,7 @@ def attention_of(
     arrays = {k: t.cpu().numpy().astype(np.float16 if k in ('probes', 'features') else np.float32) for k, t in maps._asdict().items() if k != 'grid'}
     return dict(arrays, descriptors=found.cpu().numpy().astype(np.float16), grid=np.array(maps.grid), images=np.array([v.views.paths[r] for r in rows]), rows=np.array(rows))
 
-# %% ../nbs/43_train.ipynb #1f382a81
+# %% ../nbs/43_train.ipynb #3515d320
 @patch
 def recorded_places(self:EpochGraph, epoch, found): # (row of the image that is written down for each place, descriptors [places, D])
     picked, descriptors, images = found
@@ -245,18 +265,20 @@ def graph_record(self:EpochGraph, epoch, found, answers): # writes the epoch's f
 @patch
 def measure(self:EpochGraph, validation): # (recall, `Answers`) of the model as it is
     v = validation
-    with self.ticker(f'recall {v.name}', len(v.views)) as tick: d = embed(self.supply.model, v.views, tick=tick, **self.how())
+    d = self.embed_all(f'recall {v.name}', v.views, np.arange(len(v.views)))
+    if d is None: return {}, None
     distances, near = search(d[v.queries], d[v.database], 20)
     return recall_from_ranks(near, v.positives), answers_of(d, v.queries, v.database, v.positives, distances, near) if self.settings.record_graph else None
 
 @patch
 def record(self:EpochGraph, epoch, trained): # everything that is done at a number of finished epochs; `trained`: means over the last one
     found, seconds = self.mine(epoch)
-    if epoch in set(self.run.metrics().epoch): return
+    if from_first(epoch in set(self.run.metrics().epoch)): return
     row, began, answers = dict(kind='epoch', epoch=epoch, **trained), time.perf_counter(), {}
     for v in self.supply.validations:
         recall, answers[v.name] = self.measure(v)
         row |= {f'{v.name}/recall@{k}': p for k, p in recall.items()}
+    if not first(): return
     measured = time.perf_counter()
     if self.settings.record_graph: row |= self.graph_record(epoch, found, answers)
     row |= {f'mining_{k}': v for k, v in flat(self.supply.batches[0].record()).items()}
@@ -281,20 +303,20 @@ def epoch_line(
     loss = [f'loss {row["loss"]:.3f}', f'{row["images_per_s"]:.0f} images/s'] if 'loss' in row else ['untrained']
     return '  '.join([f'epoch {row["epoch"]}/{epochs}', *loss, *recall, f'mining {sum(seconds.values()):.1f} s'])
 
-# %% ../nbs/43_train.ipynb #84df17df
+# %% ../nbs/43_train.ipynb #5e92a028
 def parts_of(trainer): # (optimiser, schedule)
     return trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
 
 @patch
 def keep(self:EpochGraph, epoch, trainer, module, trained): # checkpoint of a number of finished epochs
-    save_checkpoint(self.run, epoch, module, *parts_of(trainer), trained=trained, precision=trainer.precision_plugin.state_dict())
+    if first(): save_checkpoint(self.run, epoch, module, *parts_of(trainer), trained=trained, precision=trainer.precision_plugin.state_dict())
 
 @patch
 def on_fit_start(self:EpochGraph, trainer, module):
     "Put the training back where it was, or keep its beginning; then mine for the first epoch to come."
     module.train()
     trained = {}
-    if self.run.resumable():
+    if from_first(bool(self.run.resumable())):
         extra = load_state(checkpoint_paths(self.run, self.epoch)[1], *parts_of(trainer))
         module.step, trained = extra['step'], extra['trained']
         trainer.precision_plugin.load_state_dict(extra['precision'])
@@ -315,7 +337,7 @@ def on_train_batch_end(self:EpochGraph, trainer, module, outputs, batch, index):
     now, last = time.perf_counter(), module.last
     self.bar.update(last['images'])
     self.bar.set_postfix(loss=f'{last["loss"]:.3f}', pairs=last['mined_pairs'], refresh=False)
-    if module.step % self.settings.log_every == 0:
+    if first() and module.step % self.settings.log_every == 0:
         seconds = now - self.ended
         self.run.log(kind='step', epoch=self.epoch + 1, step=module.step, **last, lr=parts_of(trainer)[1].get_last_lr()[0], images_per_s=last['images'] / seconds, step_s=seconds)
     self.ended = now
@@ -335,7 +357,7 @@ def on_train_epoch_end(self:EpochGraph, trainer, module):
 def on_exception(self:EpochGraph, trainer, module, exception):
     "Close the bar; when a loss was no number, keep the batch that made it and the weights it met."
     if self.bar is not None: self.bar.close()
-    if module.failed:
+    if first() and module.failed:
         index = module.step % self.settings.steps
         rows = dict(zip(('mined', 'labelled'), (b[index] for b in self.steps.batches)))
         save_sage(module.model, self.run.path/'failed.safetensors')
@@ -364,8 +386,8 @@ def again(
     finite = torch.cat(module.finite).tolist()
     return module.last['loss'], pd.DataFrame([dict(source=names[i], slot=slot, image=sources.views[i].paths[row], finite=f) for (i, slot, row, *_), f in zip(keys, finite)])
 
-# %% ../nbs/43_train.ipynb #1e72983c
-FREE = ('epochs', 'device', 'devices', 'workers', 'log_every')      # settings a resumed run may change
+# %% ../nbs/43_train.ipynb #4256c1ad
+FREE = ('epochs', 'device', 'devices', 'workers', 'log_every', 'prefix_cache', 'num_nodes', 'chunk')      # settings a resumed run may change
 
 def config_of(
     settings:Settings,
@@ -384,8 +406,11 @@ def open_run(
     resume:bool,        # go on with an existing run
 ) -> tuple:             # (run, finished epochs)
     "Start a run, or find where it stopped and drop what came after. Raises UserError when the settings or the data are not the run's."
+    if not first():
+        done = from_first()
+        return Run(path), done
     config = plain(config_of(settings, model, supply))
-    if not resume: return Run.create(path, config, supply.tables), 0
+    if not resume: return Run.create(path, config, supply.tables), from_first(0)
     run = Run(path)
     old = run.config
     for part in ('settings', 'model', 'data'):
@@ -397,8 +422,8 @@ def open_run(
     if lost: print(f'{run.path/"metrics.jsonl"}: the rows of epoch {", ".join(map(str, lost))} are missing; the training goes on without them', file=sys.stderr)
     run.truncate(epoch)
     drop_old_states(run)
-    if epoch in run.checkpoints(): load_weights(run, epoch, model)
-    return run, epoch
+    if epoch in run.checkpoints(): load_weights(run, epoch, model)       # Lightning passes them on to the other devices
+    return run, from_first(epoch)
 
 def last_whole(
     run:Run,
@@ -446,7 +471,7 @@ def stop_on_signals(
     finally:
         for name, h in old.items(): signal.signal(name, h)
 
-# %% ../nbs/43_train.ipynb #a47764d3
+# %% ../nbs/43_train.ipynb #5fbc2522
 def make_trainer(
     settings:Settings,
     device,            # torch device
@@ -456,8 +481,20 @@ def make_trainer(
     "Lightning's trainer for a run."
     kind = {'cuda': 'gpu'}.get(device.type, device.type)
     off = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, use_distributed_sampler=False)
-    return L.Trainer(accelerator=kind, devices=[device.index or 0] if kind == 'gpu' else 1, precision=pick_precision(settings.precision, device), max_epochs=epochs,
+    several = dict(devices=settings.devices, num_nodes=settings.num_nodes, strategy='ddp', plugins=[TorchElasticEnvironment()])
+    where = several if world()[1] > 1 else dict(devices=[device.index or 0] if kind == 'gpu' else 1)
+    return L.Trainer(accelerator=kind, **where, precision=pick_precision(settings.precision, device), max_epochs=epochs,
                      callbacks=[callback], default_root_dir=callback.run.path, **off)
+
+def own_device(
+    settings:Settings,
+): # torch device
+    "The device of this process. Raises `UserError` where several were asked for and nobody started them."
+    device, me, n = pick_device(settings.device), told(), settings.devices * settings.num_nodes
+    if world()[1] != n: raise UserError(f'devices = {settings.devices}, num_nodes = {settings.num_nodes}: there are {world()[1]} processes; several are started by sage_train --devices {settings.devices} or by torchrun, and joined by sage.ranks')
+    if device.type != 'cuda' or n == 1: return device
+    if me['here'] > torch.cuda.device_count(): raise UserError(f"devices = {settings.devices}: this machine has {torch.cuda.device_count()}; ask for at most as many")
+    return torch.device('cuda', me['local'])
 
 def plain_error(
     error:Exception, # from a worker
@@ -466,7 +503,7 @@ def plain_error(
     text = str(error)
     return type(error)(text.strip().splitlines()[-1].split(': ', 1)[-1]) if text.startswith('Caught ') else error
 
-# %% ../nbs/43_train.ipynb #2b0ce434
+# %% ../nbs/43_train.ipynb #ac7623c6
 def fit(
     settings:Settings,
     model:SAGE,          # trained in place; `make_model(settings)`
@@ -481,22 +518,23 @@ def fit(
     """Train SAGE (METHOD §4 to §6) and write the run.
 
     Raises UserError for unfit settings or data and when the loss is not a number; `Stopped` when asked to stop. In each case the run can be resumed from its last checkpoint."""
-    stop, device = stop or threading.Event(), pick_device(settings.device)
+    stop, device = stop or threading.Event(), own_device(settings)
+    progress = progress and first()
     model.to(device)
     with quiet_lightning(), stop_on_signals(stop) as came, torch.random.fork_rng([device] if device.type == 'cuda' else []):
         try:
             callback = EpochGraph(settings, None, None, stop=stop, progress=progress)
             callback.supply = supply = Supply(settings, model, train_tables, val_tables, caches, callback.ticker)
             if resume: Run(run)
-            with alone(run):
+            with alone(run) if first() else nullcontext():
                 callback.run, callback.epoch = open_run(run, settings, model, supply, resume)
-                if callback.epoch >= settings.epochs and callback.epoch in set(callback.run.metrics().epoch): return callback.run
+                if from_first(callback.epoch >= settings.epochs and callback.epoch in set(callback.run.metrics().epoch)): return callback.run
                 loader = DataLoader(Sources(supply.sources), batch_sampler=callback.steps, num_workers=0 if supply.sources[0].tokens is not None else settings.workers,
                                     generator=torch.Generator().manual_seed(0), pin_memory=device.type == 'cuda')
                 trainer = make_trainer(settings, device, settings.epochs - callback.epoch, callback)
                 trainer.fit(SageModule(model, settings), loader)
         except UserError as e:
-            if not resume and callback.run is not None: callback.run.discard()
+            if first() and not resume and callback.run is not None: callback.run.discard()
             raise plain_error(e) from e
         except Stopped as e:
             e.signum = came[0] if came else None

@@ -7,7 +7,7 @@ __all__ = ['ENOUGH', 'FORMAT', 'GridModel', 'model_hash', 'describe_files', 'lat
            'distinct_places', 'calibrate', 'confidence', 'threshold', 'PhotoMap', 'read_map', 'write_map', 'list_map',
            'update_map', 'own_rows', 'ask', 'in_map']
 
-# %% ../nbs/46_where.ipynb #dc2b7d24
+# %% ../nbs/46_where.ipynb #6903f45c
 import hashlib, json, os, re, time, uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from scipy.spatial import cKDTree
 from torch import nn
 
 from .core import MissingPath, UserError, atomic, existing, stream
-from .feed import bar
+from .feed import autocast, bar
 from .geo import to_latlon
 from .images import check_size, eval_transform, load_image
 from .model import create_sage, evaluating
@@ -62,7 +62,7 @@ def model_hash(
         digest.update(t.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
-# %% ../nbs/46_where.ipynb #4e1c52a4
+# %% ../nbs/46_where.ipynb #27e08275
 def _loaded(path, transform):
     "The tensor of an image, or the reason why there is none."
     try: return transform(load_image(path))
@@ -74,6 +74,7 @@ def describe_files(
     size,          # pixels of a square, or (height, width)
     batch_size=32, # images at a time
     progress=None, # name of a progress bar
+    precision='32-true', # Lightning's name
 ):                 # yields (numbers [n] of the images described, descriptors [n, dim] float32, list of (number, reason) of the others)
     "Descriptors batch by batch, in order. Raises `UserError` for a size that is no multiple of the patch, or a model that gives no finite numbers."
     device, transform = next(model.parameters()).device, eval_transform(check_size(size, model.patch))
@@ -83,7 +84,7 @@ def describe_files(
         for start in range(0, len(paths), batch_size):
             got, coming = list(coming), load(start + batch_size)
             good = [i for i, t in enumerate(got) if torch.is_tensor(t)]
-            d = model.describe(torch.stack([got[i] for i in good]).to(device)).float().cpu().numpy() if good else np.zeros((0, model.dim), np.float32)
+            with autocast(device, precision): d = model.describe(torch.stack([got[i] for i in good]).to(device)).float().cpu().numpy() if good else np.zeros((0, model.dim), np.float32)
             if not np.isfinite(d).all(): raise UserError(f'{paths[start + good[np.isfinite(d).all(1).argmin()]]}: the model describes it by NaN or infinity; its weights are damaged')
             yield start + np.array(good, int), d, [(start + i, t) for i, t in enumerate(got) if isinstance(t, str)]
             ticks.update(len(got))

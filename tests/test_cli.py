@@ -306,3 +306,9 @@ def test_corridor_as_a_real_data_set(shared, tmp_path, capsys):
     code, out, err = run('eval', '--backbone', 'sage_nano', '--data', folder, '--size', 56, '--baselines', '--quiet', capsys=capsys)
     assert code == 0, err
     assert 'Corridor (VPR-Bench) · within ±2 frames · #database 111 · #queries 111 (0 without a positive' in out and out.count('R@1 ') == 3
+
+
+def test_dry_run_tells_the_memory_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run('train', '--data', 'nowhere', '--dry-run', '--device', 'cpu', *SMALL, capsys=capsys)
+    assert code == 0 and 'peak' in out and 'GB' in out and not err and not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ WHERE = dict(zurich=(47.37, 8.54), cph=(55.68, 12.57), sf=(37.77, -122.42))
 def town(folder, where, city, places=6, views=3):
     "Grey squares at true positions of a city, called `city`."
     folder.mkdir(parents=True, exist_ok=True)
-    x, y, zone = (v[0] for v in to_utm([WHERE[where][0]], [WHERE[where][1]]))
+    x, y, zone = to_utm(*WHERE[where]); x, y = float(x), float(y)
     rows = []
     for p in range(places):
         for v in range(views):

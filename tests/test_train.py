@@ -328,3 +328,46 @@ def test_killed_in_another_process(whole, towns, tmp_path):
     assert p.returncode == 0, err
     assert_same(whole, Run(run))
     assert not [q for q in run.rglob('.*')]
+
+def test_prefix_cache_trains_as_without(towns, tmp_path):
+    "Tokens on the disk: same numbers cold, warm and with a budget for a part of them; close to those without."
+    s = settings(node_features='image', prefix_cache=str(tmp_path/'kept'), cache_gb=1.)
+    cold = train(s, towns, tmp_path/'cold')
+    size = sum(p.stat().st_size for p in (tmp_path/'kept').rglob('*.tokens'))
+    assert size == 2 * 144 * 17 * 192 * 2                                     # mined and unseen, each image once
+    assert_same(cold, train(s, towns, tmp_path/'warm'))
+    assert sum(p.stat().st_size for p in (tmp_path/'kept').rglob('*.tokens')) == size
+    tight = train(replace(s, prefix_cache=str(tmp_path/'tight'), cache_gb=.5e-3), towns, tmp_path/'part')
+    assert 0 < sum(p.stat().st_size for p in (tmp_path/'tight').rglob('*')) < 1e6
+    plain = train(replace(s, prefix_cache='', cache_gb=0.), towns, tmp_path/'plain')
+    for run in (cold, tight): np.testing.assert_allclose(run.descriptors(0).astype(float), plain.descriptors(0).astype(float), atol=2e-3)
+
+def test_prefix_cache_is_refused(towns, tmp_path):
+    with pytest.raises(UserError, match='cache_gb'): train(settings(prefix_cache=str(tmp_path/'k')), towns, tmp_path/'a')
+    train(settings(prefix_cache=str(tmp_path/'k'), cache_gb=1., epochs=0), towns, tmp_path/'b')
+    with pytest.raises(UserError, match='tokens of another blocks'): train(settings(prefix_cache=str(tmp_path/'k'), cache_gb=1., dpns=2), towns, tmp_path/'c')
+    assert not (tmp_path/'c').exists()
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import torch
+from sage.backbone import Backbone, make_vit
+from sage.prefix import PrefixCache
+b, folder = Backbone(make_vit('sage_nano')).eval(), Path(sys.argv[1])
+kept, rows = PrefixCache(folder/'kept', b, 1).at(56), torch.randn(8, 17, 192).half()
+paths = [folder/f'{i}.png' for i in range(8)]
+for p in paths: p.write_bytes(b'x')
+kept.add(paths[:2], rows[:2]); kept.flush()
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000,) * 2)                     # three rows and a bit: the next write fails
+kept.add(paths[2:], rows[2:]); kept.flush(); kept.add(paths, rows); kept.flush()
+again = PrefixCache(folder/'kept', b, 1).at(56)
+assert kept.find(paths).tolist() == again.find(paths).tolist() == [True] * 2 + [False] * 6, again.find(paths)
+assert torch.equal(again.read(paths[:2]), rows[:2])
+"""
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='file size limits')
+def test_prefix_cache_survives_a_full_disk(tmp_path):
+    done = subprocess.run([sys.executable, '-c', FULL, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count('computed each time') == 1 and 'File too large' in done.stderr

@@ -1,0 +1,132 @@
+"""Describing, rebuilding the graph, loading: what each costs against the named alternative, run by turns in one process.
+
+    python bench/embedding.py [--backbone NAME] [--images 4] [--turns 3] [--only describe,rebuild,loader]
+
+describe  against the published way: the whole forward in float32, attention step by step, no gradient
+rebuild   embedding of images on the disk: from pixels, and from kept tokens (sage.prefix) of the frozen blocks
+loader    JPEG files of 640 x 480: decoded, distorted and batched by one process, and how many such processes a GPU would keep busy
+
+Weights are random, LayerScale is set to 1 (as made it is 1e-5, and the blocks would hardly count): times do not depend on them, and rounding has something to work on.
+"""
+import tempfile, time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from common import arguments, keep, machine
+from sage.core import stream
+from sage.feed import Steps, Sources, Views, autocast, embed
+from sage.images import eval_transform, train_transform
+from sage.learner import SageModule
+from sage.model import create_sage
+from sage.places import make_table
+from sage.prefix import PrefixCache
+from sage.settings import Settings, make_model
+
+SPEC = 989e12 # bfloat16 operations a second that NVIDIA states for one H200, dense
+
+
+def model_for(name):
+    "A SAGE with random weights whose blocks count."
+    model = create_sage(name, pretrained=False).eval()
+    for n, p in model.named_parameters():
+        if n.endswith('.gamma'): p.data.fill_(1.)
+    return model
+
+def photographs(folder, n, seed=0):
+    "JPEG files of 640 x 480 with some structure, as a table."
+    paths = []
+    for i in range(n):
+        rough = stream(seed, 'photo', i).integers(0, 255, (12, 16, 3)).astype(np.uint8)
+        image = np.asarray(Image.fromarray(rough).resize((640, 480), Image.Resampling.BICUBIC), np.int16) + stream(seed, 'grain', i).integers(-12, 13, (480, 640, 1))
+        paths.append(f'{folder}/{i:04d}.jpg'); Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(paths[-1], quality=90)
+    return make_table(image=paths, city='x', place=np.arange(n) // 4, easting=np.arange(n) * 10., northing=0., zone='33N')
+
+def by_turns(ways, turns):
+    "(seconds of each way, the least of several turns, CPU seconds of all threads); every way is run once before."
+    wall, cpu = (dict.fromkeys(ways, float('inf')) for _ in range(2))
+    for turn in range(turns + 1):
+        for name, f in ways.items():
+            start = time.perf_counter(), time.process_time(); f()
+            if turn: wall[name], cpu[name] = min(wall[name], time.perf_counter() - start[0]), min(cpu[name], time.process_time() - start[1])
+    return wall, cpu
+
+
+def describe(args):
+    "Rows for 224² and 322²."
+    model, rows = model_for(args.backbone), []
+    for side in args.sides:
+        images = torch.stack([eval_transform(side)(Image.open(p)) for p in args.photos.image[:args.images]])
+        def way(fused, precision):
+            def run():
+                model.backbone.fuse(fused)
+                with autocast('cpu', precision): return model.describe(images)
+            return run
+        ways = {'published: float32, attention in steps': way(False, '32-true'), 'float32, fused attention': way(True, '32-true'), 'bfloat16, fused attention': way(True, 'bf16-mixed')}
+        seconds, cpu = by_turns(ways, args.turns)
+        exact = (out := [f() for f in ways.values()])[0]
+        between = (exact @ exact.T)[~torch.eye(len(exact), dtype=bool)]
+        for (name, t), d in zip(seconds.items(), out):
+            rows.append(dict(what='describe', side=side, way=name, images_per_s=len(images) / t, ratio=seconds[next(iter(ways))] / t, ratio_cpu=cpu[next(iter(ways))] / cpu[name], least_cosine=(d * exact).sum(1).min().item(), cosine_between_images=between.max().item()))
+            print('describe {side}²  {way:<40} {ratio:5.2f}× (CPU time {ratio_cpu:.2f}×)  least cosine {least_cosine:.5f} (different images {cosine_between_images:.5f})'.format(**rows[-1]), flush=True)
+    return rows
+
+
+def rebuild(args):
+    "One image of every place, from pixels and from kept tokens."
+    model, rows = model_for(args.backbone), []
+    for precision in ('32-true', 'bf16-mixed'):
+        with tempfile.TemporaryDirectory() as folder:
+            plain = lambda: Views(args.photos, eval_transform(args.sides[0]))
+            kept = lambda: Views(args.photos, eval_transform(args.sides[0]), kept=PrefixCache(folder, model.backbone, 10).at(args.sides[0], precision))
+            n = np.arange(2 * args.images)
+            run = lambda views: embed(model, views(), n, batch_size=args.images, precision=precision)
+            run(kept)                                                                  # the cold pass
+            seconds, cpu = by_turns({'from pixels': lambda: run(plain), 'from kept tokens': lambda: run(kept)}, args.turns)
+            cosine = (run(plain) * run(kept)).sum(1).min()
+        for name, t in seconds.items():
+            rows.append(dict(what='rebuild', side=args.sides[0], precision=precision, way=name, images_per_s=len(n) / t, ratio=seconds['from pixels'] / t, ratio_cpu=cpu['from pixels'] / cpu[name], least_cosine=float(cosine)))
+            print('rebuild {side}² {precision:<11} {way:<18} {ratio:5.2f}× (CPU time {ratio_cpu:.2f}×)  least cosine {least_cosine:.5f}'.format(**rows[-1]), flush=True)
+    return rows
+
+
+def step_flops(backbone, side, images=8):
+    "Floating-point operations of a training step for an image."
+    with torch.device('meta'): model = make_model(Settings(backbone=backbone), pretrained=False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module = SageModule(model.to_empty(device='cpu'), Settings(backbone=backbone)).train()
+        module.model.backbone.fuse(False)                                              # plain products, which the counter knows
+        with FlopCounterMode(display=False) as counter: module.describe(torch.empty(images, 3, side, side), 0).sum().backward()
+    return counter.get_total_flops() / images
+
+def loader(args):
+    "Images a second of one process, and how many processes a GPU at 45 % of its stated peak would need."
+    rows, n, side = [], len(args.photos), args.sides[0]
+    steps = Steps(1); steps.fill(1, [[np.arange(n).reshape(-1, 4)]])
+    views = {'training: RandAugment': Sources([Views(args.photos, train_transform(side))]), 'embedding': Sources([Views(args.photos, eval_transform(side))])}
+    seconds, cpu = by_turns({name: lambda s=s: list(torch.utils.data.DataLoader(s, batch_sampler=steps)) for name, s in views.items()}, args.turns)
+    flops = step_flops(args.backbone, side)
+    for name, t in seconds.items():
+        rows.append(dict(what='loader', side=side, way=name, images_per_s=n / t, images_per_cpu_s=n / cpu[name], gflop_per_image=flops / 1e9, processes_for_an_h200=.45 * SPEC / flops / (n / cpu[name])))
+        print('loader {side}²  {way:<22} {images_per_s:6.1f} images/s for one process ({images_per_cpu_s:.1f} a second of CPU time)'.format(**rows[-1]) + (f'; {flops/1e9:.1f} GFLOP an image: 45 % of the stated peak of an H200 would take {rows[-1]["processes_for_an_h200"]:.0f} of them' if 'train' in name else ''), flush=True)
+    return rows
+
+
+if __name__ == '__main__':
+    parser = arguments(__doc__)
+    parser.add_argument('--backbone', default='vit_base_patch14_dinov2.lvd142m')
+    parser.add_argument('--images', type=int, default=4, help='a batch')
+    parser.add_argument('--turns', type=int, default=3)
+    parser.add_argument('--sides', type=int, nargs='+', default=[224, 322])
+    parser.add_argument('--only', default='describe,rebuild,loader')
+    args = parser.parse_args()
+    print({**machine(), 'torch_threads': torch.get_num_threads()})
+    with tempfile.TemporaryDirectory() as folder:
+        args.photos = photographs(folder, max(32, 2 * args.images), args.seed)
+        rows = [row for part in args.only.split(',') for row in dict(describe=describe, rebuild=rebuild, loader=loader)[part](args)]
+    del args.photos
+    keep('embedding', args, rows, ('torch', 'torchvision', 'timm', 'numpy', 'pillow'))

@@ -1,0 +1,133 @@
+"Several processes train as one: same loss, same gradients, same batches; one run folder; failures and signals end all of them."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from safetensors.torch import load_file
+from sage.core import UserError
+from sage.formats import write_gsv, write_utm
+from sage.run import Run, checkpoint_paths
+from sage.settings import Settings
+from test_cli import cards
+from test_train import settings, towns, train
+
+STEP = """
+import sys, json
+import numpy as np, torch
+from lightning import Trainer
+from torch.nn.parallel import DistributedDataParallel
+from sage.ranks import joined, world
+from sage.learner import SageModule
+from sage.settings import Settings, make_model
+out, interact, chunk = sys.argv[1], sys.argv[2] == 'head', int(sys.argv[3])
+s = Settings(backbone='sage_nano', image_size=56, places_per_batch=4, images_per_place=3, probes=24, probe_dim=32, token_dim=768, interact=interact, chunk=chunk)
+with joined('cpu'):
+    rank, size = world()
+    module = SageModule(make_model(s, pretrained=False), s).train()
+    g = torch.Generator().manual_seed(0)
+    images = torch.rand(24, 3, 1, 1, generator=g) + torch.randn(24, 3, 56, 56, generator=g)
+    source, slot = torch.arange(24) // 12, torch.arange(24) % 12 // 3
+    mine = slot // (4 // size) == rank
+    class Step(torch.nn.Module):
+        def __init__(self): super().__init__(); self.module = module
+        def forward(self, batch): return self.module.training_step(batch, 0)
+    step = Step() if size == 1 else DistributedDataParallel(Step())
+    step((images[mine], source[mine], slot[mine])).backward()
+    if rank == 0: torch.save(dict(last=module.last, grads={k: p.grad for k, p in module.model.named_parameters() if p.requires_grad}), out)
+"""
+
+def processes(code, n, *args, timeout=170):
+    "Run a script in n joined processes."
+    script = f'import sys; from sage.ranks import launch; sys.exit(launch([sys.executable, "-c", {code!r}, *{[str(a) for a in args]!r}], {n}))'
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=timeout, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+
+@pytest.mark.parametrize('head', ('head', 'plain'))
+def test_two_processes_step_as_one(tmp_path, head):
+    "Dropout on, two sources: two processes give the loss and the gradients of one that takes the batch in two pieces (or each half in pieces, too)."
+    processes(STEP, 2, tmp_path/'two', head, 0 if head == 'head' else 3)
+    processes(STEP, 1, tmp_path/'one', head, 6 if head == 'head' else 3)
+    two, one = (torch.load(tmp_path/n, weights_only=True) for n in ('two', 'one'))
+    for k, v in one['last'].items(): assert two['last'][k] == pytest.approx(v, rel=1e-5), k
+    assert one['last']['images'] == 24 and one['last']['mined_pairs'] > 20
+    assert one['grads'].keys() == two['grads'].keys()
+    scale = max(g.abs().max().item() for g in one['grads'].values())
+    for k, g in one['grads'].items(): torch.testing.assert_close(two['grads'][k], g, rtol=0, atol=1e-5 * scale)
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp('sets')
+    write_gsv(cards(root/'a', places=12), root/'gsv')
+    write_utm(cards(root/'b', 'bestadt', seed=1).assign(split='test'), root/'other')
+    return root
+
+FLAGS = ('--backbone sage_nano --image-size 56 --eval-size 56 --places-per-batch 4 --images-per-place 3 --min-size 3 --steps 3 --epochs 2 --log-every 1 --embed-batch 8 --lr 1e-3 '
+         '--precision 32 --device cpu --probes 8 --probe-dim 16 --token-dim 32 --node-features image --no-scan --quiet').split()
+
+def command(data, folder, *more): return [sys.executable, '-m', 'sage.cli', 'train', '--data', str(data/'gsv'), '--val', str(data/'other'), '--run', str(folder), *FLAGS, *more]
+
+def sage_train(data, folder, *more):
+    return subprocess.run(command(data, folder, *more), capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+def test_two_devices_train_as_one(data, tmp_path):
+    "The whole command: same batches, same graph, same curve; a resumed half goes on."
+    done = [sage_train(data, tmp_path/name, *more) for name, more in (('one', ('--chunk', '6')), ('two', ('--devices', '2')), ('half', ('--devices', '2', '--epochs', '1')))]
+    for d in done: assert d.returncode == 0, d.stderr
+    assert done[1].stdout.count('run folder') == 1 and 'Traceback' not in done[1].stderr
+    more = sage_train(data, tmp_path/'half', '--resume', '--epochs', '2')
+    assert more.returncode == 0, more.stderr
+    one, *others = (Run(tmp_path/n) for n in ('one', 'two', 'half'))
+    for run in others:
+        for kind in ('epoch', 'step'):
+            a, b = one.metrics(kind), run.metrics(kind)
+            assert list(a.epoch) == list(b.epoch)
+            for c in ('loss', 'mined_pairs', 'hardest_positive', 'hardest_negative', 'images', *(c for c in a if '@' in c)): np.testing.assert_allclose(a[c].astype(float), b[c].astype(float), rtol=2e-3, err_msg=c)
+        np.testing.assert_allclose(one.metrics('step').loss[:1], run.metrics('step').loss[:1], rtol=1e-5)
+        assert (one.cliques(0).row == run.cliques(0).row).all()
+        assert np.array_equal(one.descriptors(0), run.descriptors(0)), 'each device embeds whole batches'
+        a, b = (load_file(checkpoint_paths(r, 2)[0]) for r in (one, run))
+        for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-2, atol=1e-3)
+    assert {p.name for p in others[0].path.iterdir()} == {p.name for p in one.path.iterdir()}
+
+def test_mistakes_are_told_once(data, tmp_path):
+    for more, says in ((('--devices', '3'), 'give a multiple of 3'), (('--devices', '2', '--places-per-batch', '40'), 'places of a batch can be filled'), (('--devices', '2', '--num-nodes', '2'), 'MASTER_ADDR'),
+                       (('--devices', '2', '--device', 'cuda:1'), 'leave out the number')):
+        done = sage_train(data, tmp_path/'run', *more)
+        assert done.returncode == 2 and says in done.stderr, done.stderr
+        assert len([line for line in done.stderr.splitlines() if 'sage_train' in line]) == 1 and 'Traceback' not in done.stderr, done.stderr
+        assert not (tmp_path/'run').exists()
+
+def test_stopped_by_a_signal(data, tmp_path):
+    p = subprocess.Popen(command(data, tmp_path/'run', '--devices', '2', '--steps', '5000'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    log = tmp_path/'run'/'metrics.jsonl'
+    while p.poll() is None and (not log.exists() or log.read_text().count('"step"') < 3): time.sleep(.2)
+    p.send_signal(signal.SIGTERM)
+    _, err = p.communicate(timeout=90)
+    assert p.returncode == 143 and 'Traceback' not in err, err
+    assert Run(tmp_path/'run').resumable() == [0]
+
+def describe(*args, **how):
+    return subprocess.run([sys.executable, '-m', 'sage.cli', 'describe', *map(str, args), '--size', '56', '--quiet', '--device', 'cpu'], capture_output=True, text=True, timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **how)
+
+def test_describe_in_parts(tmp_path):
+    "Two processes write parts; what is there stays; a part without a readable image is a part; the whole is what one process makes."
+    t = cards(tmp_path/'a', places=5)
+    for i in (4, 5, 6, 7, 9): Path(t.image[i]).write_bytes(b'broken')
+    assert describe(tmp_path/'a', '-o', tmp_path/'whole.npy').returncode == 0
+    folder = tmp_path/'parts.npy'
+    done = describe(tmp_path/'a', '-o', folder, '--parts', 4, '--devices', 2)
+    assert done.returncode == 0 and 'written' in done.stdout and '5 parts: 15 descriptors' in done.stdout, done.stderr + done.stdout
+    assert done.stderr.count('5 of 20 images cannot be read') == 1
+    times = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    (folder/'00003.npy').unlink(); (folder/'00003.csv').unlink()
+    assert describe(tmp_path/'a', '-o', folder, '--parts', 4).returncode == 0
+    assert {n for n, t in times.items() if (folder/n).stat().st_mtime_ns != t} == {'00003.npy', '00003.csv'}
+    assert [len(np.load(p)) for p in sorted(folder.glob('*.npy'))] == [4, 0, 3, 4, 4]
+    np.testing.assert_allclose(np.concatenate([np.load(p) for p in sorted(folder.glob('*.npy'))]), np.load(tmp_path/'whole.npy'), atol=1e-5)
+    assert pd.concat([pd.read_csv(p) for p in sorted(folder.glob('0*.csv'))]).image.tolist() == pd.read_csv(tmp_path/'whole.csv').image.tolist()
+    other = describe(tmp_path/'a', '-o', folder, '--parts', 5)
+    assert other.returncode == 2 and 'parts of other rows' in other.stderr
+    beach = tmp_path/'x.npy'; beach.mkdir(); (beach/'beach.jpg').touch()
+    assert 'no parts of a description' in describe(tmp_path/'a', '-o', beach, '--devices', 2).stderr and len(list(beach.iterdir())) == 1
+
+def test_several_need_a_start(towns, tmp_path):
+    with pytest.raises(UserError, match='started by sage_train --devices 2'): train(settings(devices=2), towns, tmp_path/'run')
