@@ -140,7 +140,7 @@ def damage(run, step, flips, g):
         for bad in spoilt:
             path.write_bytes(bad)
             tried += 1
-            try: said = len(read()) < rows if path.suffix == '.jsonl' else None
+            try: got = read(); said = path.suffix == '.jsonl' and len(got) < rows
             except UserError as e: said = str(path) in str(e) and '\n' not in str(e)
             if said: handled += 1
             else: print(f'{path}: {len(bad)} of {len(data)} bytes: {said}')
