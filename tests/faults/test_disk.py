@@ -135,7 +135,7 @@ def damage(run, step, flips, g):
     handled = tried = 0
     for path, read in readers(run).items():
         data, rows = path.read_bytes(), len(run.metrics(''))
-        spoilt = [data[:c] for c in cuts(len(data), step)]
+        spoilt = [data[:c] for c in cuts(len(data) - (path.suffix == '.json'), step)]            # the newline at the end of a JSON file says nothing
         if path.suffix == '.safetensors': spoilt += [data[:i] + bytes([data[i] ^ 1 << int(g.integers(8))]) + data[i + 1:] for i in g.integers(0, len(data), flips)]
         for bad in spoilt:
             path.write_bytes(bad)
