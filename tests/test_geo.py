@@ -137,3 +137,9 @@ def test_bad_positions(lat, lon, text):
     with pytest.raises(UserError, match=text): check_latlon(lat, lon, 'photos.csv')
     with pytest.raises(UserError, match=text): to_utm(lat, lon)
     with pytest.raises(UserError, match='^photos.csv: '): check_latlon(lat, lon, 'photos.csv')
+
+
+def test_nothing_has_no_neighbours():
+    for queries in (None, np.zeros((3, 2))):
+        n = radius_neighbors(np.zeros((0, 2)), 25., queries)
+        assert len(n.indices) == 0 and len(n.distances) == 0 and n.indptr.tolist() == [0] * (1 if queries is None else 4)

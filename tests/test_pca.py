@@ -129,7 +129,7 @@ def test_round_trip(tmp_path, pretrained, whole):
 
 def test_files_without_a_reduction_are_as_before(tmp_path):
     path = save_sage(create_sage(**SMALL), tmp_path/'m.safetensors')
-    with safe_open(path, 'pt') as f: assert set(f.metadata()) == {'format', 'model', 'config', 'holds', 'backbone_sha256'} and not any('pca' in k for k in f.keys())
+    with safe_open(path, 'pt') as f: assert set(f.metadata()) == {'format', 'model', 'config', 'holds', 'backbone_sha256', 'sha256'} and not any('pca' in k for k in f.keys())
 
 def test_official_weights_can_be_reduced(tmp_path):
     a = create_sage(**SMALL | dict(pretrained=False))
@@ -159,6 +159,8 @@ def test_damaged_reduction(tmp_path, change):
     with safe_open(path, 'pt') as f: header = f.metadata()
     tensors = load_file(path)
     change(tensors); save_file(tensors, path, metadata=header)
+    with pytest.raises(UserError, match='does not match its checksum'): load_sage(path)
+    save_file(tensors, path, metadata={k: v for k, v in header.items() if k != 'sha256'})           # a file from before there were checksums
     with pytest.raises(UserError, match='reduction does not fit') as e: load_sage(path)
     assert '\n' not in str(e.value)
 

@@ -125,3 +125,8 @@ def test_pca_against_sklearn():
     ours, theirs = fit_pca(x, 4), PCA(4, svd_solver='full').fit(x.astype(np.float32))
     np.testing.assert_allclose(ours['variance'], theirs.explained_variance_, rtol=1e-4)
     np.testing.assert_allclose(np.abs(apply_pca(ours, x)), np.abs(theirs.transform(x.astype(np.float32))), rtol=1e-3, atol=1e-3)
+
+
+def test_as_many_components_as_there_can_be():
+    x = np.random.default_rng(0).normal(size=(6, 4))
+    assert fit_pca(x, 4)['components'].shape == (4, 4) and fit_pca(x[:3], 3)['components'].shape == (3, 4)
