@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NANO', 'OFFLINE', 'nano_vit', 'resample_positions', 'check_vit', 'Backbone', 'check_images', 'read_tensors',
-           'tensors_only', 'weights_folder', 'file_sha256', 'pack_nano', 'packaged_nano', 'hub_reachable',
-           'explain_mismatch', 'make_vit', 'fingerprint']
+           'tensors_only', 'weights_folder', 'file_sha256', 'pack_weights', 'packaged_file', 'pack_nano',
+           'packaged_nano', 'hub_reachable', 'explain_mismatch', 'make_vit', 'fingerprint']
 
 # %% ../nbs/11_backbone.ipynb #4a1547fd
 import hashlib, pickle, struct, textwrap, urllib.error, urllib.request
@@ -184,7 +184,7 @@ def tensors_only(
     if len(named) < len(state): raise UserError(f'{source} holds {min(k for k in state if k.startswith("module.") and k.removeprefix("module.") in state)} twice, with and without module.; which is meant cannot be told')
     return named
 
-# %% ../nbs/11_backbone.ipynb #c0a750c0
+# %% ../nbs/11_backbone.ipynb #33acc944
 def weights_folder() -> Path:
     "Where the packaged weights lie."
     return Path(str(resources.files('sage') / 'weights'))
@@ -193,27 +193,44 @@ def file_sha256(path:str|Path) -> str:
     "SHA-256 of a file, hexadecimal."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-def pack_nano(
-    vit:VisionTransformer, # a trained `nano_vit()`
+def pack_weights(
+    state:dict, # name → tensor
+    name:str, # of the file, without .safetensors
     folder:str|Path|None=None, # where to; the package's own by default
+    header:dict|None=None, # text by name
 ) -> Path:
-    "Write sage_nano.safetensors (float16) and its line in checksums.txt (sha256sum format)."
+    "Write NAME.safetensors (float16) and its line in checksums.txt (sha256sum format); the lines of other files stay."
     folder = Path(folder or weights_folder()); folder.mkdir(parents=True, exist_ok=True)
-    path = folder / 'sage_nano.safetensors'
-    with atomic(path) as tmp: safetensors.torch.save_file({k: v.detach().half().contiguous() for k, v in vit.state_dict().items()}, str(tmp))
-    with atomic(folder / 'checksums.txt') as tmp: Path(tmp).write_text(f'{file_sha256(path)}  {path.name}\n')
+    path, sums = folder / f'{name}.safetensors', folder / 'checksums.txt'
+    with atomic(path) as tmp: safetensors.torch.save_file({k: v.detach().half().contiguous() for k, v in state.items()}, str(tmp), metadata=header)
+    others = [l for l in sums.read_text().splitlines() if l.split()[1:] != [path.name]] if sums.exists() else []
+    with atomic(sums) as tmp: Path(tmp).write_text('\n'.join(sorted([*others, f'{file_sha256(path)}  {path.name}'])) + '\n')
     return path
 
-def packaged_nano(
+def packaged_file(
+    name:str, # as for `pack_weights`
     folder:str|Path|None=None, # where from; the package's own by default
-) -> dict: # name → tensor
-    "State of the packaged `sage_nano`; UserError where the file is absent or its checksum differs."
-    path = Path(folder or weights_folder()) / 'sage_nano.safetensors'
+) -> Path:
+    "A packaged file, its checksum verified; UserError where it is absent or damaged."
+    path = Path(folder or weights_folder()) / f'{name}.safetensors'
     sums = path.with_name('checksums.txt')
     if not path.is_file() or not sums.is_file(): raise MissingPath(f'{path} (or its checksums.txt) is missing from the installation: reinstall sage-vpr, or use pretrained=False')
     listed = dict(reversed(line.split()) for line in sums.read_text().splitlines() if line.strip())
     if listed.get(path.name) != file_sha256(path): raise UserError(f'{path} differs from its checksum in checksums.txt: the file is damaged, reinstall sage-vpr')
-    return read_tensors(path)
+    return path
+
+def pack_nano(
+    vit:VisionTransformer, # a trained `nano_vit()`
+    folder:str|Path|None=None, # see `pack_weights`
+) -> Path:
+    "Write sage_nano.safetensors."
+    return pack_weights(vit.state_dict(), 'sage_nano', folder)
+
+def packaged_nano(
+    folder:str|Path|None=None, # see `packaged_file`
+) -> dict: # name → tensor
+    "State of the packaged `sage_nano`."
+    return read_tensors(packaged_file('sage_nano', folder))
 
 # %% ../nbs/11_backbone.ipynb #1c57b0b2
 def hub_reachable(

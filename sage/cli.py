@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'train_parser', 'tables_for', 'repeat', 'base_settings', 
            'recall_table', 'published_lines', 'eval_parser', 'sage_eval', 'measure', 'show_audit', 'demo_table',
            'sage_demo', 'sage_ablate', 'main']
 
-# %% ../nbs/70_cli.ipynb #6521ac17
+# %% ../nbs/70_cli.ipynb #b07a7933
 import argparse, sys, time
 from collections import Counter
 from pathlib import Path
@@ -26,6 +26,7 @@ from .settings import Settings, make_model
 from .memory import memory_report
 from .train import again, fit
 from .ablation import METHODS, POOLINGS, ablate, as_markdown, cells
+from .where import packaged_model
 from .sources import DEV, WORLD, by_radius, evaluation_sets, training_and_validation, world
 from .cli_export import sage_export, sage_pca
 from .cli_data import sage_data
@@ -120,12 +121,12 @@ def published_lines(
     head = 'published (' + SOURCE + ')' if protocol.published else ''
     return [head] * bool(head) + [f'  {label:<22} ' + '  '.join(f'R@{k} {v:5.1f}' for k, v in zip((1, 5, 10), row)) for label, row in protocol.published.items()]
 
-# %% ../nbs/70_cli.ipynb #38f1f774
+# %% ../nbs/70_cli.ipynb #d77f4a7c
 def eval_parser():
     "Arguments of `sage_eval`."
     p = Parser('sage_eval', description='Recall of a checkpoint on benchmarks or folders, with the protocol it was measured by.')
-    p.add_argument('--checkpoint', metavar='FILE|RUN', help="a .safetensors file, a run folder (its best epoch) or the authors' .pth")
-    p.add_argument('--backbone', metavar='NAME', help='without --checkpoint: an untrained SAGE on this backbone')
+    p.add_argument('--checkpoint', metavar='FILE|RUN', help="a .safetensors file, a run folder (its best epoch), the authors' .pth, or world: the packaged SAGE, trained on rendered towns")
+    p.add_argument('--backbone', metavar='NAME', help='without --checkpoint: an untrained SAGE on this backbone; without either, the packaged small backbone as it is')
     p.add_argument('--data', action='append', default=[], metavar='PATH|world', help='an evaluation set of your own: database and queries with @ names, or ref and query')
     p.add_argument('--benchmark', action='append', default=[], metavar='NAME,NAME', help='benchmarks by name, below --data-root')
     p.add_argument('--data-root', metavar='FOLDER', help='folder that holds the benchmarks; default $SAGE_DATA')
@@ -156,7 +157,8 @@ def sage_eval(argv):
     names = [n for part in args.benchmark for n in part.split(',')]
     if args.out: can_hold(args.out)
     sets = evaluation_sets(args.data, names, data_root(args.data_root), args.frames, args.radius, args.scan, not args.quiet, args.max_bad)
-    model, name, trained = model_of(args)
+    if args.checkpoint or args.backbone: model, name, trained = model_of(args)
+    else: model, name, trained = packaged_model(); trained = dict(eval_size=trained)
     device = pick_device(args.device)
     model.to(device).eval()
     how = dict(size=args.size or eval_side(trained, args.backbone), progress=not args.quiet, workers=args.workers)

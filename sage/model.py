@@ -6,9 +6,9 @@
 __all__ = ['HUB', 'SIZED_BY', 'HEAD_BY', 'DINOV2', 'FORMAT', 'CARD', 'Maps', 'evaluating', 'SAGE', 'create_sage', 'random_init',
            'parameter_table', 'official_name', 'official_state', 'official_sizes', 'build_sage', 'load_official',
            'load_all', 'Reduction', 'write_checked', 'read_checked', 'save_sage', 'read_header', 'load_sage',
-           'raw_descriptors']
+           'trained_on_world', 'raw_descriptors']
 
-# %% ../nbs/14_model.ipynb #d2af677f
+# %% ../nbs/14_model.ipynb #b00ee312
 import hashlib, json
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from .core import MissingPath, UserError, atomic, seed_of
 from .dpn import full_precision
-from .backbone import Backbone, explain_mismatch, fingerprint, make_vit, read_tensors, tensors_only
+from .backbone import Backbone, explain_mismatch, fingerprint, make_vit, packaged_file, read_tensors, tensors_only
 from .interact import InteractHead
 from .probing import SoftProbing
 
@@ -104,10 +104,10 @@ def _maps(keep, grid):
     *dpn, exponent = [p.float() for p in keep['exponents']]
     return Maps(keep['beta'].float(), keep['norms'].float(), keep['probes'].float(), torch.stack(dpn, 1), exponent, keep['features'].float(), grid)
 
-# %% ../nbs/14_model.ipynb #3b43d620
+# %% ../nbs/14_model.ipynb #3ebc24a1
 def create_sage(
     backbone:str='vit_base_patch14_dinov2.lvd142m', # a timm vision transformer, or 'sage_nano'
-    pretrained:bool|str|Path=True, # True: packaged, cached or downloaded; a path: that weights file; False: random
+    pretrained:bool|str|Path=True, # True: packaged, cached or downloaded; a path: that weights file; False: random; 'world': `trained_on_world`
     interact:bool|dict=False, # with an InteractHead; a dict holds its sizes (`InteractHead`)
     probes:int=64, # K
     probe_dim:int=128, # D
@@ -120,6 +120,7 @@ def create_sage(
 ) -> SAGE:
     "A SAGE model on a frozen backbone (SAGE, arXiv 2509.25723); UserError names what is wrong with an argument."
     sizes = dict(probes=probes, probe_dim=probe_dim, token_dim=token_dim, alpha=alpha, dropout=dropout)
+    if pretrained == 'world': return trained_on_world(backbone, interact=interact, dpn_dropout=dpn_dropout, dpns=dpns, seed=seed, **sizes)
     config = dict(backbone=backbone, pretrained=pretrained is not False, interact=interact, dpns=dpns, dpn_dropout=dpn_dropout, **sizes)
     with random_init(seed):
         body = Backbone(make_vit(backbone, pretrained), dpns, dropout=dpn_dropout)
@@ -400,6 +401,18 @@ def load_sage(
     model.config = config
     if 'pca' in header: model.pca = _loaded_reduction(pca, header['pca'], path)
     return model.eval()
+
+# %% ../nbs/14_model.ipynb #e2ad6b7c
+def trained_on_world(
+    backbone:str='sage_nano', # nothing else was trained
+    **options, # of `create_sage`
+) -> SAGE:
+    "A SAGE on `sage_nano` with the packaged layers that were trained on rendered towns; UserError for other sizes than theirs."
+    if backbone != 'sage_nano': raise UserError(f"pretrained='world' belongs to the backbone 'sage_nano', not to {backbone!r}")
+    model, path = create_sage(backbone, True, **options), packaged_file('sage_world')
+    if fingerprint(model.backbone) != read_header(path)['backbone_sha256']: raise UserError(f'{path} belongs to other weights of sage_nano than the packaged ones; reinstall sage-vpr')
+    model.load_trainable(load_file(path), path)
+    return model
 
 # %% ../nbs/14_model.ipynb #125df074
 CARD = """---

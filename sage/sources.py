@@ -6,7 +6,7 @@
 __all__ = ['WORLD', 'DEV', 'world', 'shown', 'not_too_many', 'readable', 'trainable', 'training_tables', 'validation_tables',
            'hold_out', 'training_and_validation', 'by_radius', 'only_readable', 'evaluation_sets', 'load_checkpoint']
 
-# %% ../nbs/45_sources.ipynb #cc2187d9
+# %% ../nbs/45_sources.ipynb #b7ebe1ef
 import sys
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from .core import MissingPath, UserError, cache_dir, one_line
 from .formats import detect_format, in_validation_city, read_msls, read_places
 from .world import make_world
 from .images import scan_images
+from .backbone import packaged_file
 from .model import load_official, load_sage, read_header
 from .run import Run
 from .retrieval import positives_within
@@ -195,12 +196,12 @@ def evaluation_sets(
     if not sets: raise UserError(f'nothing to measure on: give --data a folder (or world), or --benchmark one of {", ".join(PROTOCOLS)}')
     return [(p, only_readable(e, progress, max_bad)) for p, e in sets] if scan else sets
 
-# %% ../nbs/45_sources.ipynb #b55e99ab
+# %% ../nbs/45_sources.ipynb #5b635239
 def load_checkpoint(
-    path:str|Path, # our safetensors, a run folder (its best epoch), or the authors' .pth
+    path:str|Path, # our safetensors, a run folder (its best epoch), the authors' .pth, or 'world': the packaged weights
 )->tuple: # model, name, settings it was trained with ({} if unknown)
     "A model from a file or folder. `UserError` for one that holds none; nothing is unpickled."
-    path = Path(path)
+    path = packaged_file('sage_world') if str(path) == 'world' else Path(path)
     if path.is_dir():
         run = Run(path); best = run.best()
         if best is None: raise UserError(f'{path}: this run has no checkpoint with a recall yet; name a file in its checkpoints/')

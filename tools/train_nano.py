@@ -8,20 +8,28 @@
    and how far away it is, whatever the hour, weather and traffic; (b) the class token of the two photographs of a pose agree
    and those of other poses in the same two towns do not (InfoNCE). All heads are thrown away. For the first four
    fifths of the time the ViT sees a random half of the patches, which doubles its speed.
+`--source leaves` draws dead leaves in place of towns (tools/pictures.py): two altered copies of a picture, and the picture itself for noon; distances are left out.
+`--objective vicreg` asks one thing of the class token alone: that two pictures of a pose agree while its 128 numbers vary from pose to pose and do not repeat one another (Bardes, Ponce, LeCun 2022).
 No real image and no place label enters. The loss curve and every argument go into a JSON file beside the weights.
 """
-import argparse, json, math, sys, time
+import argparse, io, json, math, sys, time
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from sage.backbone import nano_vit, pack_nano
 from sage.core import stream
 from sage.render import CONDITIONS, Camera, Condition, Photographer, draw_condition
+from sage.retrieval import recall_at_k
+from sage.sources import by_radius, world
 from sage.town import Town, headings
+from sage.where import GridModel, describe_files
+
+from pictures import dead_leaves, palette, weather
 
 SEED, SIZE, PATCH = 90210, 112, 14
 NOON = Condition('noon', sun=50, cloud=.3, noise=0., exposure=1.)
@@ -60,10 +68,27 @@ def photograph_town(number, poses):
     return out
 
 
-def photograph(towns, poses, workers):
+def paint_leaves(number, poses):
+    "The same arrays from dead leaves of one palette."
+    rng = stream(SEED, 'leaves', number)
+    colours = palette(rng)
+    out = np.zeros((poses, 2, SIZE, SIZE, 3), np.uint8), np.zeros((poses, 2, SIZE // 2, SIZE // 2, 3), np.uint8), np.zeros((poses, 2, 64), np.float16)
+    for i in range(poses):
+        big = dead_leaves(rng, colours, SIZE + 16)
+        for j in range(2):
+            x, y = rng.integers(0, 17, 2)
+            clean = big.crop((x, y, x + SIZE, y + SIZE))
+            out[0][i, j], out[1][i, j] = np.asarray(Image.open(io.BytesIO(weather(clean, rng)))), np.asarray(clean.resize((SIZE // 2, SIZE // 2), Image.Resampling.BOX))
+    return out
+
+
+SOURCES = dict(towns=photograph_town, leaves=paint_leaves)
+
+
+def photograph(source, towns, poses, workers):
     from concurrent.futures import ProcessPoolExecutor
     with ProcessPoolExecutor(workers) as pool:
-        parts = list(pool.map(photograph_town, range(towns), [poses] * towns))
+        parts = list(pool.map(SOURCES[source], range(towns), [poses] * towns))
     return [np.concatenate(p) for p in zip(*parts)]
 
 
@@ -76,9 +101,9 @@ def patches_of(noon):
 
 class Learner(torch.nn.Module):
     "The ViT with its two passing heads."
-    def __init__(self, vit):
+    def __init__(self, vit, together):
         super().__init__()
-        self.vit, c = vit, vit.embed_dim
+        self.vit, self.together, c = vit, together, vit.embed_dim
         self.look, self.far = torch.nn.Linear(c, 147), torch.nn.Linear(c, 1)
         self.agree = torch.nn.Sequential(torch.nn.Linear(c, 256), torch.nn.GELU(), torch.nn.Linear(256, 128))
         self.register_buffer('mean', torch.tensor([.485, .456, .406]).view(3, 1, 1)); self.register_buffer('std', torch.tensor([.229, .224, .225]).view(3, 1, 1))
@@ -98,50 +123,81 @@ class Learner(torch.nn.Module):
         tokens, kept = self.some_tokens(x, keep)
         look = F.mse_loss(self.look(tokens[:, 1:]).float(), patches_of(noon).gather(1, kept[..., None].expand(-1, -1, 147)))
         distance = F.mse_loss(self.far(tokens[:, 1:]).float()[..., 0], far.float().gather(1, kept))
-        z = F.normalize(self.agree(tokens[:, 0]).float(), dim=-1)
-        a, b = z[0::2], z[1::2]
-        scores, answer = a @ b.T / .1, torch.arange(len(a))
-        agree = (F.cross_entropy(scores, answer) + F.cross_entropy(scores.T, answer)) / 2
-        return look, distance, agree
+        return look, distance, self.together(self.agree(tokens[:, 0]).float())
+
+
+def info_nce(z):
+    "Two pictures of a pose agree, those of other poses do not."
+    z = F.normalize(z, dim=-1)
+    scores, answer = z[0::2] @ z[1::2].T / .1, torch.arange(len(z) // 2)
+    return (F.cross_entropy(scores, answer) + F.cross_entropy(scores.T, answer)) / 2
+
+
+def vicreg(z):
+    "Two pictures of a pose agree, every number varies with deviation 1 or more, no two go together; the weights of the paper, over 25."
+    same = F.mse_loss(z[0::2], z[1::2])
+    vary = sum(F.relu(1 - (x.var(0) + 1e-4).sqrt()).mean() for x in (z[0::2], z[1::2])) / 2
+    cov = [torch.cov(x.T) for x in (z[0::2], z[1::2])]
+    apart = sum((c.pow(2).sum() - c.diagonal().pow(2).sum()) / len(c) for c in cov) / 2
+    return same + vary + apart / 25
+
+
+OBJECTIVES = dict(look=(info_nce, 1.), vicreg=(vicreg, 0.))
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--out', type=Path, required=True, help='folder')
     p.add_argument('--towns', type=int, default=24); p.add_argument('--poses', type=int, default=600)
-    p.add_argument('--minutes', type=float, default=40, help='length of the training; the schedule follows the clock'); p.add_argument('--batch', type=int, default=64, help='poses in a batch')
+    p.add_argument('--minutes', type=float, default=40, help='length of the training; the schedule follows the clock'); p.add_argument('--steps', type=int, help='length in steps instead'); p.add_argument('--batch', type=int, default=64, help='poses in a batch')
     p.add_argument('--lr', type=float, default=1e-3); p.add_argument('--workers', type=int, default=2); p.add_argument('--agree', type=float, default=.2)
+    p.add_argument('--objective', choices=OBJECTIVES, default='look'); p.add_argument('--source', choices=SOURCES, default='towns'); p.add_argument('--measure', action='store_true', help='recall of the raw backbone on the rendered world at the end')
     p.add_argument('--pictures', type=Path, help='keep the photographs in this .npz and reuse them')
     a = p.parse_args()
     if a.pictures and a.pictures.exists():
         data = [np.load(a.pictures)[k] for k in ('photos', 'noon', 'far')]
     else:
-        start = time.time(); data = photograph(a.towns, a.poses, a.workers)
+        start = time.time(); data = photograph(a.source, a.towns, a.poses, a.workers)
         print(f'{2 * len(data[0])} photographs in {time.time() - start:.0f} s', flush=True)
         if a.pictures: np.savez(a.pictures, **dict(zip(('photos', 'noon', 'far'), data)))
     data = [torch.from_numpy(d) for d in data]
     torch.manual_seed(SEED)
     timm.layers.set_fused_attn(False)  # PyTorch's fused attention is slow backwards in bfloat16 on a CPU
-    learner = Learner(nano_vit()).train()
+    together, looking = OBJECTIVES[a.objective]
+    learner = Learner(nano_vit(), together).train()
     decay = [q for q in learner.parameters() if q.ndim > 1]; rest = [q for q in learner.parameters() if q.ndim <= 1]
     opt = torch.optim.AdamW([dict(params=decay, weight_decay=.05), dict(params=rest, weight_decay=0.)], lr=a.lr, betas=(.9, .98))
     generator, start, step, curve = torch.Generator().manual_seed(SEED), time.time(), 0, []
-    while (done := (time.time() - start) / (a.minutes * 60)) < 1:
+    while (done := step / a.steps if a.steps else (time.time() - start) / (a.minutes * 60)) < 1:
         rows = draw_rows(a, generator)
         photos, noon, far = (d[rows].flatten(0, 1) for d in data)
         if torch.rand((), generator=generator) < .5: photos, noon, far = photos.flip(2), noon.flip(2), far.view(-1, 8, 8).flip(2).reshape(-1, 64)
         for g in opt.param_groups: g['lr'] = a.lr * min(1, (step + 1) / 200) * (.5 + .5 * math.cos(math.pi * done))
         with torch.autocast('cpu', dtype=torch.bfloat16):
             look, distance, agree = learner(photos, noon, far, keep=.5 if done < .8 else 1.)
-        loss = look + distance * 2 + a.agree * agree
+        loss = looking * (look + distance * 2 * (a.source == 'towns')) + (a.agree if looking else 1.) * agree
         opt.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.); opt.step()
         step += 1
-        if step % 50 == 0:
+        if step % 50 == 0 or step == a.steps:
             curve.append([step, round(look.item(), 4), round(distance.item(), 4), round(agree.item(), 4)])
             print(f'{done:5.1%} step {step} look {look:.3f} distance {distance:.4f} agree {agree:.3f}  {step * 2 * a.batch / (time.time() - start):.0f} images/s', flush=True)
         if step % 500 == 0: save(learner.vit, a, curve, step)
     save(learner.vit, a, curve, step)
+    if a.measure:
+        found = measure(learner.vit)
+        print(found); save(learner.vit, a, curve, step, world_recall_at_1=found)
+
+
+def measure(vit):
+    "R@1 on the towns of the demo: the class token alone, and with the grid of `GridModel`."
+    model, out = GridModel(), {}
+    model.backbone.model = vit.eval()
+    for name, table in world()['val'].items():
+        _, e = by_radius(name, table)
+        q, d = (np.concatenate([x for _, x, _ in describe_files(model, t.image.tolist(), SIZE)]) for t in (e.queries, e.database))
+        for label, part in (('class token', slice(-vit.embed_dim, None)), ('grid and class token', slice(None))): out[f'{name}, {label}'] = round(recall_at_k(q[:, part], d[:, part], e.positives, (1,))[1], 1)
+    return out
 
 
 def draw_rows(a, generator):
@@ -150,11 +206,11 @@ def draw_rows(a, generator):
     return torch.cat([t * a.poses + torch.randperm(a.poses, generator=generator)[:a.batch // 2] for t in towns])
 
 
-def save(vit, a, curve, step):
+def save(vit, a, curve, step, **more):
     "The weights with their checksum, and the card that says how they came about."
     path = pack_nano(vit, a.out)
     made = dict(command=' '.join(['python', 'tools/train_nano.py', *sys.argv[1:]]), threads=torch.get_num_threads(), workers=a.workers, versions=dict(python=sys.version.split()[0], torch=torch.__version__, timm=timm.__version__, numpy=np.__version__))
-    card = dict(made, seed=SEED, towns=a.towns, poses=a.poses, minutes=a.minutes, batch=a.batch, lr=a.lr, agree=a.agree, steps=step, curve_columns=['step', 'look', 'distance', 'agree'], curve=curve)
+    card = dict(made, seed=SEED, towns=a.towns, poses=a.poses, minutes=a.minutes, batch=a.batch, lr=a.lr, agree=a.agree, objective=a.objective, source=a.source, steps=step, curve_columns=['step', 'look', 'distance', 'agree'], curve=curve, **more)
     path.with_suffix('.json').write_text(json.dumps(card, indent=1))
 
 
