@@ -121,7 +121,7 @@ def published_lines(
     head = 'published (' + SOURCE + ')' if protocol.published else ''
     return [head] * bool(head) + [f'  {label:<22} ' + '  '.join(f'R@{k} {v:5.1f}' for k, v in zip((1, 5, 10), row)) for label, row in protocol.published.items()]
 
-# %% ../nbs/70_cli.ipynb #d77f4a7c
+# %% ../nbs/70_cli.ipynb #b2903798
 def eval_parser():
     "Arguments of `sage_eval`."
     p = Parser('sage_eval', description='Recall of a checkpoint on benchmarks or folders, with the protocol it was measured by.')
@@ -158,7 +158,9 @@ def sage_eval(argv):
     if args.out: can_hold(args.out)
     sets = evaluation_sets(args.data, names, data_root(args.data_root), args.frames, args.radius, args.scan, not args.quiet, args.max_bad)
     if args.checkpoint or args.backbone: model, name, trained = model_of(args)
-    else: model, name, trained = packaged_model(); trained = dict(eval_size=trained)
+    else:
+        model, name, side = packaged_model(); trained = dict(eval_size=side)
+        print(f'no --checkpoint and no --backbone: {name}', file=sys.stderr)
     device = pick_device(args.device)
     model.to(device).eval()
     how = dict(size=args.size or eval_side(trained, args.backbone), progress=not args.quiet, workers=args.workers)

@@ -7,8 +7,8 @@ __all__ = ['ENOUGH', 'FORMAT', 'GridModel', 'packaged_model', 'model_hash', 'des
            'ground_metres', 'distinct_places', 'calibrate', 'confidence', 'threshold', 'PhotoMap', 'read_map',
            'write_map', 'list_map', 'update_map', 'own_rows', 'ask', 'in_map']
 
-# %% ../nbs/46_where.ipynb #08cc7cba
-import hashlib, json, os, re, sys, time, uuid
+# %% ../nbs/46_where.ipynb #6903f45c
+import hashlib, json, os, re, time, uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +53,10 @@ class GridModel(nn.Module):
         cells = F.adaptive_avg_pool2d(patches.transpose(1, 2).unflatten(2, self.backbone.grid(images)).float(), self.fields).flatten(2)
         return torch.cat([F.normalize(cells, dim=1).flatten(1) / self.fields, F.normalize(cls.float(), dim=1)], 1) / 2**.5
 
-# %% ../nbs/46_where.ipynb #936fc7a7
+# %% ../nbs/46_where.ipynb #9f74fede
 def packaged_model() -> tuple: # (model, what it is in words, image size)
-    "What answers where nobody names a model; a line on stderr says so."
+    "What answers where nobody names a model; the command says so in a line."
     words = 'the packaged small backbone, not trained on photographs (a SAGE on DINOv2 weights is far better: --checkpoint)'
-    print(f'no --checkpoint and no --backbone: {words}', file=sys.stderr)
     return GridModel(), words, 224
 
 # %% ../nbs/46_where.ipynb #942d7e4e

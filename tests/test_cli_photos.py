@@ -57,7 +57,7 @@ def run(name, *argv, capsys):
 
 def test_where_in_words(ready, capsys):
     code, out, err = run('where', ready/'new.png', ready/'elsewhere.png', '--map', ready/'town', '--size', 56, capsys=capsys)
-    assert code == 0 and err.startswith('no --checkpoint') and err.count('\n') == 1
+    assert code == 0 and not err
     for part in ('answering: the packaged small backbone', 'DINOv2', '31 photographs', 'left out: 1 of 32: nogps.png: no GPS position in EXIF', 'calibrated on the map itself', 'new.png: in this map', 'elsewhere.png: not in this map', 'm from the first answer'): assert part in out, out
     first = next(l for l in out.splitlines() if l.startswith('  1  '))
     assert '55.704' in first and '3 there' in first
