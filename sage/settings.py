@@ -74,7 +74,7 @@ class Settings:
             if getattr(self, name) % n: raise UserError(f'{name} = {getattr(self, name)}: {n} devices share each batch; give a multiple of {n}')
         if n > 1 and ':' in str(self.device): raise UserError(f'device = {self.device}: {n} devices were asked for; leave out the number')
 
-# %% ../nbs/34_settings.ipynb #4a5bc54d
+# %% ../nbs/34_settings.ipynb #5cd235ad
 COUNTS = 'epochs steps places_per_batch images_per_place lr_steps similar min_size embed_batch log_every probes probe_dim token_dim dpns devices num_nodes augment_ops interact_dim interact_heads interact_layers interact_ffn'.split()
 ZERO_OR_MORE = 'weight_decay miner_epsilon labelled_places workers chunk cache_gb seed alpha dropout dpn_dropout'.split()
 FINITE = 'tau2 loss_base'.split()
@@ -90,7 +90,7 @@ def checked(
     whole, number = isinstance(value, int) and not isinstance(value, bool), isinstance(value, (int, float)) and not isinstance(value, bool)
     if name in CHOICES and value not in CHOICES[name]: raise UserError(f'{name} = {value!r}: choose one of {", ".join(sorted(CHOICES[name]))}')
     if name in COUNTS and (not whole or value < LEAST.get(name, 1)): raise UserError(f'{name} = {value!r}: give a whole number of {LEAST.get(name, 1)} or more')
-    if name in COUNTS + ZERO_OR_MORE + ABOVE_ZERO + FINITE and not (number and abs(value) < 2**63): raise UserError(f'{name} = {value!r}: give a number')
+    if name in COUNTS + ZERO_OR_MORE + ABOVE_ZERO + FINITE and not (number and (abs(value) < 2**63 if whole else np.isfinite(value))): raise UserError(f'{name} = {value!r}: give a number')
     if name in ('workers', 'seed', 'chunk', 'labelled_places') and not whole: raise UserError(f'{name} = {value!r}: give a whole number')
     if name in ZERO_OR_MORE and value < 0: raise UserError(f'{name} = {value!r}: give 0 or more')
     if name in ('dropout', 'dpn_dropout') and value >= 1: raise UserError(f'{name} = {value!r}: give a share below 1')

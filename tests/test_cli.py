@@ -133,7 +133,7 @@ def test_unreadable_images_are_counted_named_and_left_out(tmp_path, sets, capsys
     (['--strategy', 'hardest'], ('hardest', 'sage')),
     (['--epochs', '-1'], 'epochs'), (['--epochs', 'two'], 'epochs'), (['--lr', 'nan'], 'lr'), (['--images-per-place', '1'], 'images_per_place'),
     (['--backbone', 'vit_of_nobody'], 'vit_of_nobody'), (['--backbone', 'resnet18'], 'resnet18'),
-    (['--device', 'cuda:77'], 'cuda:77'), (['--precision', 'fp3'], 'fp3'), (['--devices', '2'], 'devices'), (['--augment', 'flip'], 'flip'), (['--seed', '-1'], 'seed'),
+    (['--device', 'cuda:77'], 'cuda:77'), (['--precision', 'fp3'], 'fp3'), (['--devices', '0'], 'devices'), (['--augment', 'flip'], 'flip'), (['--seed', '-1'], 'seed'),
     (['--no-such-flag'], 'no-such-flag'), (['--format', 'zip'], 'zip'), (['--places-per-batch', '400'], 'places'),
 ], ids=lambda v: ' '.join(v) if isinstance(v, list) else '')
 def test_bad_settings(argv, says, sets, tmp_path, capsys):

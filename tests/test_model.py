@@ -446,7 +446,7 @@ def test_trainable_state(model):
 def test_wrong_checkpoint(tmp_path):
     save_file({'w': torch.zeros(2)}, tmp_path / 'other.safetensors')
     with pytest.raises(UserError) as e: load_sage(tmp_path / 'other.safetensors')
-    sentence(e, 'no SAGE checkpoint', 'load_official')
+    sentence(e, 'no SAGE checkpoint', '.pth file')
     with pytest.raises(UserError) as e: create_sage('sage_nano', pretrained=tmp_path / 'other.safetensors')
     sentence(e, 'does not fit', 'other.safetensors')
     save_file({'w': torch.zeros(2)}, tmp_path / 'broken.safetensors', metadata=dict(format='sage-vpr 1', model='{'))
