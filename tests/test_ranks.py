@@ -89,7 +89,7 @@ def test_two_devices_train_as_one(data, tmp_path):
     assert {p.name for p in others[0].path.iterdir()} == {p.name for p in one.path.iterdir()}
 
 def test_mistakes_are_told_once(data, tmp_path):
-    for more, says in ((('--devices', '3'), 'give a multiple of 3'), (('--devices', '2', '--places-per-batch', '40'), 'places of a batch can be filled'), (('--devices', '2', '--num-nodes', '2'), 'MASTER_ADDR'),
+    for more, says in ((('--devices', '3'), 'give a multiple of 3'), (('--devices', '2', '--places-per-batch', '40'), 'places of a batch could be filled'), (('--devices', '2', '--num-nodes', '2'), 'MASTER_ADDR'),
                        (('--devices', '2', '--device', 'cuda:1'), 'leave out the number')):
         done = sage_train(data, tmp_path/'run', *more)
         assert done.returncode == 2 and says in done.stderr, done.stderr

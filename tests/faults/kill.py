@@ -20,11 +20,11 @@ def unbroken(folder, streets):
 def kill_once(folder, streets, g, seconds, touches, signum):
     "One process that is killed at a random moment. True when it was, False when it had finished before."
     at_touch = g.random() < .5 and signum == signal.SIGKILL
-    pid = child(folder, streets, *((g.randint(1, touches), g.choice([0, g.uniform(1e-5, 2e-3)])) if at_touch else ()))
+    p = child(folder, streets, *((g.randint(1, touches), g.choice([0, g.uniform(1e-5, 2e-3)])) if at_touch else ()))
     if not at_touch:
         time.sleep(g.uniform(0, seconds))
-        os.kill(pid, signum)
-    code = wait(pid)
+        os.kill(p.pid, signum)
+    code = wait(p)
     asked = (-signum, 128 + signum) if signum != signal.SIGKILL else (-signal.SIGKILL, -signal.SIGALRM)
     if code and code not in asked: raise AssertionError(f'ended with {code}:\n{said(folder).read_text()}')
     return bool(code)

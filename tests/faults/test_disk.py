@@ -1,6 +1,7 @@
 """A disk that is full, may not be written to, or gives back less than it was given: one sentence, and the last whole checkpoint goes on."""
 import os, resource, shutil, subprocess, sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -72,37 +73,23 @@ def test_full_disk_in_many_places(streets, whole, tmp_path): full(streets, whole
 @pytest.mark.parametrize('limit', [3_000, 60_000])
 def test_files_may_not_grow(streets, whole, tmp_path, limit):
     "As on a disk with a quota; also where nothing can be mounted."
-    err = fails_in_a_sentence(tmp_path/'run', streets, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    err = fails_in_a_sentence(tmp_path/'run', streets, before=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)))
     assert 'too large' in err, err
     goes_on(tmp_path/'run', streets, whole[1])
 
 
 def test_read_only_folder(streets, tmp_path):
     (tmp_path/'mine').mkdir(mode=0o555)
-    code = victim.wait(victim.child(tmp_path/'mine'/'run', streets, before=lambda: (os.chmod(tmp_path/'mine', 0o555), victim.without_power_over_files())))
+    code = victim.wait(victim.child(tmp_path/'mine'/'run', streets, before=partial(victim.read_only, tmp_path/'mine')))
     err = victim.said(tmp_path/'mine'/'run').read_text()
     assert code == 2 and len(err.splitlines()) == 1 and 'no permission' in err and str(tmp_path/'mine') in err, err
 
 
-def freeze(folder): # nothing in a run may be written any more
-    for p in (folder, *folder.rglob('*')):
-        if p.is_dir(): os.chmod(p, 0o555)
-
-def thaw(folder):
-    for p in (folder, *folder.rglob('*')):
-        if p.is_dir(): os.chmod(p, 0o755)
-
-
 def lost(streets, whole, folder, touch):
     "The permission to write is taken away at a touch of the disk."
-    count, active = [0], [False]
-    def touched(name, args):
-        if active[0] or name not in victim.TOUCHES or not args or str(folder) not in str(args[0]): return
-        count[0] += 1
-        if count[0] == touch: active[0] = True; freeze(folder)
-    err = fails_in_a_sentence(folder, streets, before=lambda: (victim.without_power_over_files(), sys.addaudithook(touched)))
+    err = fails_in_a_sentence(folder, streets, before=partial(victim.frozen, folder, touch))
     assert 'no permission' in err, err
-    thaw(folder)
+    victim.allow(folder, 0o755)
     goes_on(folder, streets, whole[1])
 
 

@@ -1,5 +1,5 @@
 """A tiny training on the embedded world in processes that can be killed, and what must hold of its folder at every moment: shared by the fault tests and `make torture`."""
-import ctypes, json, os, signal, struct, subprocess, sys, time, traceback
+import ctypes, json, multiprocessing, os, signal, struct, subprocess, sys, traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,17 +74,41 @@ def said(folder):
     return Path(folder).parents[1]/f'{Path(folder).parent.name}-{Path(folder).name}.err'
 
 
-def child(folder, streets, event=None, delay=0., before=lambda: None, **changes):
-    "Fork a process that trains: see `said`."
-    pid = os.fork()
-    if pid: return pid
-    code, folder = 70, Path(folder)
+SERVER = multiprocessing.get_context('forkserver')                           # forks from a process without threads, whatever the one that asks has
+SERVER.set_forkserver_preload(['victim'])
+
+
+def read_only(folder):
+    "Before a training: its folder may not be written to."
+    os.chmod(folder, 0o555); without_power_over_files()
+
+
+def frozen(folder, touch):
+    "Before a training: when the disk is touched for the `touch`-th time, nothing in the folder may be written any more."
+    count, active = [0], [False]
+    def touched(name, args):
+        if active[0] or name not in TOUCHES or not args or str(folder) not in str(args[0]): return
+        count[0] += 1
+        if count[0] == touch: active[0] = True; allow(folder, 0o555)
+    without_power_over_files()
+    sys.addaudithook(touched)
+
+
+def allow(folder, mode):
+    "Give a folder and all folders in it a mode."
+    for p in (folder, *folder.rglob('*')):
+        if p.is_dir(): os.chmod(p, mode)
+
+
+def trains(folder, streets, event, delay, before, changes):
+    "What a child does: it ends without Python's own tidying up."
+    code = 70
     try:
         err = os.open(said(folder), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(err, 1); os.dup2(err, 2)
         sys.stdout, sys.stderr = open(1, 'w', closefd=False), open(2, 'w', closefd=False)
         count = armed(folder, event, delay)
-        before()
+        if before: before()
         sage_train(folder, streets, **changes)
         print(f'touched {count[0]} times')
         code = 0
@@ -93,14 +117,18 @@ def child(folder, streets, event=None, delay=0., before=lambda: None, **changes)
     finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
 
 
-def wait(pid, seconds=300):
+def child(folder, streets, event=None, delay=0., before=None, **changes):
+    "A process that trains, see `said`; `before` is called in it first and must be picklable."
+    p = SERVER.Process(target=trains, args=(Path(folder), streets, event, delay, before, changes))
+    p.start()
+    return p
+
+
+def wait(p, seconds=300):
     "Exit code of a child, negative for a signal; a child that hangs is killed and is an error."
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        got, status = os.waitpid(pid, os.WNOHANG)
-        if got: return os.waitstatus_to_exitcode(status)
-        time.sleep(.002)
-    os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+    p.join(seconds)
+    if p.exitcode is not None: return p.exitcode
+    p.kill(); p.join()
     raise TimeoutError(f'no end after {seconds} s')
 
 
