@@ -24,8 +24,8 @@ def steps(quick=False):
     ] + ([] if quick else [('wheel', pytest('-s', 'tests/test_wheel.py'), 1)])
 
 def environment(threads):
-    "The checkout on the path, no display, a bounded number of threads."
-    return {**os.environ, 'PYTHONPATH': str(ROOT), 'MPLBACKEND': 'agg', 'OMP_NUM_THREADS': str(threads), 'JUPYTER_PLATFORM_DIRS': '1'}
+    "The checkout on the path, no display, a bounded number of threads (numba, once it runs, gives its own number to torch too)."
+    return {**os.environ, 'PYTHONPATH': str(ROOT), 'MPLBACKEND': 'agg', 'OMP_NUM_THREADS': str(threads), 'NUMBA_NUM_THREADS': str(threads), 'JUPYTER_PLATFORM_DIRS': '1'}
 
 def main(quick=False):
     start = time.monotonic()
