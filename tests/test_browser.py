@@ -282,28 +282,27 @@ def test_the_report_needs_no_network(desk, browser, tmp_path):
 
 SMALLER = {'import WORLD, world': 'import DEV, WORLD, world', 'world()': 'world(dev=True)', "query(\"city == 'aldwick' and place < 900\")": 'copy()', 'WORLD | dict(epochs=3, steps=12, log_every=4)': 'WORLD | DEV | dict(epochs=3, steps=120, log_every=5)'}
 
-@pytest.mark.skip(reason='not mended yet: JupyterLab runs the cells in the notebook that its workspace restored')
-def test_the_live_lesson_runs(desk, browser):
+def test_the_live_lesson_runs(browser, tmp_path):
     "Tutorial 4, on a smaller town: the graph changes epoch while the cell below waits for the training."
     lesson = json.loads((ROOT/'nbs'/'tutorials'/'4_watch_the_graph_evolve.ipynb').read_text())
     cells = [''.join(c['source']) for c in lesson['cells'] if c['cell_type'] == 'code']
     for was, now in SMALLER.items():
         assert sum(was in c for c in cells) == 1, f'the lesson no longer says {was!r}; say here what makes it small'
         cells = [c.replace(was, now) for c in cells]
-    notebook(desk.folder/'lesson.ipynb', *[c for c in cells if c != 'bench.close()'])
-    d = Desk(browser, desk.url)
-    d.open('lesson.ipynb')
-    d.run_all()
-    d.until(lambda: 'before training' in d.title(), 120)
-    d.until(lambda: d.page.evaluate(INK) > 200)
-    d.until(lambda: 'epoch' in d.title() and 'before' not in d.title(), 60)
-    assert not d.page.evaluate(IDLE), 'the graph changed only after the training'
-    d.until(lambda: 'after 3 epochs' in d.title(), 90)
-    d.page.wait_for_function(IDLE, timeout=60_000)
-    d.page.wait_for_timeout(300)
-    assert d.page.evaluate(INK) > 200 and colours(d.page.locator('.sage-plot').locator('visible=true').first.screenshot()) > 50
-    assert [e for e in d.errors if 'favicon' not in e] == [] and d.asked == [] and d.cell_errors() == []
-    d.context.close()
+    notebook(tmp_path/'lesson.ipynb', *[c for c in cells if c != 'bench.close()'])
+    with lab(tmp_path) as url:
+        d = Desk(browser, url)
+        d.open('lesson.ipynb')
+        d.run_all()
+        d.until(lambda: 'before training' in d.title(), 120)
+        d.until(lambda: d.page.evaluate(INK) > 200)
+        d.until(lambda: 'epoch' in d.title() and 'before' not in d.title(), 60)
+        assert not d.page.evaluate(IDLE), 'the graph changed only after the training'
+        d.until(lambda: 'after 3 epochs' in d.title(), 90)
+        d.page.wait_for_function(IDLE, timeout=60_000)
+        d.page.wait_for_timeout(300)
+        assert d.page.evaluate(INK) > 200 and colours(d.page.locator('.sage-plot').locator('visible=true').first.screenshot()) > 50
+        assert [e for e in d.errors if 'favicon' not in e] == [] and d.asked == [] and d.cell_errors() == []
 
 TRAIN = """from sage.settings import Settings, make_model
 from sage.sources import DEV, WORLD, world
