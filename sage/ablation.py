@@ -126,7 +126,7 @@ def finished(
     order = lambda column: column.map({v: i for i, v in enumerate([*POOLINGS, *METHODS])}.get) if column.name != 'seed' else column
     return pd.DataFrame(rows).sort_values(['pooling', 'method', 'seed'], key=order, ignore_index=True)
 
-# %% ../nbs/44_ablation.ipynb #0ad57b81
+# %% ../nbs/44_ablation.ipynb #45eba873
 def ablate(
     settings:Settings, # common to all cells; 'none' as `augment` and some `cache_gb` make it quick
     train_tables, # as `fit` takes them
@@ -156,6 +156,7 @@ def ablate(
         write_json(out/'cells'/f'{name}.json', cell_row(run, cell))
         shutil.rmtree(run.path)
         write_tables(out)
+    write_tables(out)                                                         # also of cells that were all finished elsewhere
     return finished(out)
 
 # %% ../nbs/44_ablation.ipynb #9e365791
