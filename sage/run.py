@@ -384,7 +384,7 @@ def discard(self:Run):
     for name in ('epochs', 'checkpoints', 'tables', 'config.json'): remove(self.path/name)
     if not any(self.path.iterdir()): self.path.rmdir()
 
-# %% ../nbs/30_run.ipynb #f8e4de47
+# %% ../nbs/30_run.ipynb #ed72d5e9
 def started(
     pid:int, # number of a process on this machine
 ) -> str:    # '' where it has ended
@@ -420,7 +420,9 @@ def alone(
     try: yield
     finally:
         with suppress(OSError): # a lock that cannot be removed is nobody's once this process ends
-            if _read_lock(lock) == me: lock.unlink()
+            if lock.exists():
+                with _one_at_a_time(lock): # or one who has just opened it would write his name into a file that is gone
+                    if _read_lock(lock) == me: lock.unlink()
             lock.parent.rmdir() # only where a run never began
 
 def _read_lock(lock):

@@ -19,7 +19,7 @@ def write_settings(folder, wanted, least='3.11'):
 
 def make_env(project, *options):
     variables = {**os.environ, 'SAGE_ENV_HOME': str(project/'the envs'), 'PIP_NO_INDEX': '1', 'PIP_FIND_LINKS': ''}
-    variables = {k: v for k, v in variables.items() if k not in ('MAKEFLAGS', 'MFLAGS', 'MAKELEVEL')}  # this may run under make itself
+    variables = {k: v for k, v in variables.items() if k not in ('MAKEFLAGS', 'MAKEOVERRIDES', 'MFLAGS', 'MAKELEVEL', 'PY', 'PYTHON')}  # this may run under make itself
     return subprocess.run(['make', 'env', f'PYTHON={sys.executable}', *options], cwd=project, env=variables, capture_output=True, text=True)
 
 @pytest.mark.slow
