@@ -8,7 +8,7 @@ __all__ = ['ONLINE', 'FIRST', 'FREE', 'KNOWN', 'save_checkpoint', 'drop_old_stat
            'parts_of', 'again', 'config_of', 'open_run', 'last_whole', 'quiet_lightning', 'stop_on_signals',
            'make_trainer', 'own_device', 'plain_error', 'fit']
 
-# %% ../nbs/43_train.ipynb #7824c6c0
+# %% ../nbs/43_train.ipynb #53799d31
 import hashlib, json, logging, re, signal, sys, threading, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -16,6 +16,7 @@ from itertools import islice
 import lightning as L, numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, default_collate
 from .core import MissingPath, UserError, pick_device, pick_precision, seed_of
 from .places import check_table, place_rows
@@ -441,13 +442,13 @@ def last_whole(
     if reason: raise UserError(f'{run.path}: none of its checkpoints ({", ".join(map(str, epochs))}) can be gone on from; copy the run again, or start another')
     return 0
 
-# %% ../nbs/43_train.ipynb #36f2cdf0
+# %% ../nbs/43_train.ipynb #07855080
 KNOWN = ('.*does not have many workers', '.*in eval mode at the start of training', '.*GPU available but not used', '.*number of training batches', '.*LeafSpec')
 
 @contextmanager
 def quiet_lightning():
     "Without Lightning's greetings and the warnings in `KNOWN`."
-    logs = [logging.getLogger(f'lightning.{p}.utilities.rank_zero') for p in ('pytorch', 'fabric')]
+    logs = [logging.getLogger(f'lightning.{p}') for p in ('pytorch.utilities.rank_zero', 'fabric.utilities.rank_zero', 'pytorch.trainer.connectors.signal_connector')]
     levels = [log.level for log in logs]
     with warnings.catch_warnings():
         for text in KNOWN: warnings.filterwarnings('ignore', message=text)
@@ -503,7 +504,7 @@ def plain_error(
     text = str(error)
     return type(error)(text.strip().splitlines()[-1].split(': ', 1)[-1]) if text.startswith('Caught ') else error
 
-# %% ../nbs/43_train.ipynb #ac7623c6
+# %% ../nbs/43_train.ipynb #0d2ce50f
 def fit(
     settings:Settings,
     model:SAGE,          # trained in place; `make_model(settings)`
@@ -532,7 +533,9 @@ def fit(
                 loader = DataLoader(Sources(supply.sources), batch_sampler=callback.steps, num_workers=0 if supply.sources[0].tokens is not None else settings.workers,
                                     generator=torch.Generator().manual_seed(0), pin_memory=device.type == 'cuda')
                 trainer = make_trainer(settings, device, settings.epochs - callback.epoch, callback)
-                trainer.fit(SageModule(model, settings), loader)
+                module = SageModule(model, settings)
+                try: trainer.fit(module, loader)
+                except SIGTERMException: raise Stopped(f'stopped after step {module.step}') from None       # Lightning looks for the signal too, a moment after us
         except UserError as e:
             if first() and not resume and callback.run is not None: callback.run.discard()
             raise plain_error(e) from e

@@ -4,6 +4,7 @@
 
 Half of the kills come at random times, half at a random touch of the disk or within two milliseconds after it. A training may be killed several times before it may finish."""
 import argparse, os, random, signal, sys, tempfile, time
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(__file__))
@@ -12,8 +13,8 @@ from victim import bits, child, differences, readable, said, tables, wait
 
 def unbroken(folder, streets):
     "(what it says, seconds, touches of the disk)"
-    start = time.monotonic()
-    assert wait(child(folder, streets)) == 0, said(folder).read_text()
+    p, start = child(folder, streets), time.monotonic()
+    assert wait(p) == 0, said(folder).read_text()
     return bits(folder), time.monotonic() - start, int(said(folder).read_text().split()[-2])
 
 
@@ -23,7 +24,7 @@ def kill_once(folder, streets, g, seconds, touches, signum):
     p = child(folder, streets, *((g.randint(1, touches), g.choice([0, g.uniform(1e-5, 2e-3)])) if at_touch else ()))
     if not at_touch:
         time.sleep(g.uniform(0, seconds))
-        os.kill(p.pid, signum)
+        with suppress(ProcessLookupError): os.kill(p.pid, signum)
     code = wait(p)
     asked = (-signum, 128 + signum) if signum != signal.SIGKILL else (-signal.SIGKILL, -signal.SIGALRM)
     if code and code not in asked: raise AssertionError(f'ended with {code}:\n{said(folder).read_text()}')

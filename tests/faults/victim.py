@@ -1,5 +1,6 @@
 """A tiny training on the embedded world in processes that can be killed, and what must hold of its folder at every moment: shared by the fault tests and `make torture`."""
 import ctypes, json, multiprocessing, os, signal, struct, subprocess, sys, traceback
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,13 +101,14 @@ def allow(folder, mode):
         if p.is_dir(): os.chmod(p, mode)
 
 
-def trains(folder, streets, event, delay, before, changes):
+def trains(began, folder, streets, event, delay, before, changes):
     "What a child does: it ends without Python's own tidying up."
     code = 70
     try:
         err = os.open(said(folder), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(err, 1); os.dup2(err, 2)
         sys.stdout, sys.stderr = open(1, 'w', closefd=False), open(2, 'w', closefd=False)
+        began.close()
         count = armed(folder, event, delay)
         if before: before()
         sage_train(folder, streets, **changes)
@@ -118,9 +120,12 @@ def trains(folder, streets, event, delay, before, changes):
 
 
 def child(folder, streets, event=None, delay=0., before=None, **changes):
-    "A process that trains, see `said`; `before` is called in it first and must be picklable."
-    p = SERVER.Process(target=trains, args=(Path(folder), streets, event, delay, before, changes))
+    "A process that has begun to train, see `said`; `before` is called in it first and must be picklable."
+    waits, began = SERVER.Pipe(duplex=False)
+    p = SERVER.Process(target=trains, args=(began, Path(folder), streets, event, delay, before, changes))
     p.start()
+    began.close()
+    with waits, suppress(EOFError): waits.recv()                       # until the other end is closed: it has started, or is dead
     return p
 
 

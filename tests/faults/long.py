@@ -1,0 +1,80 @@
+"""A long training on a small world with the workbench open on it: does anything grow that should not?
+
+    python tests/faults/long.py --minutes 60       # what `make torture` runs
+
+Memory, threads and open files of the training and of the workbench are read every few seconds, and the files in the run folder and in the folder for temporary files are counted. Growth is from the mean of the
+second tenth of the time to the mean of the last tenth. At the end the run, with as many epochs as were trained, is opened anew."""
+import argparse, os, signal, subprocess, sys, tempfile, time
+from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(__file__))
+from victim import Run, child, said, tables, wait
+import pandas as pd
+from sage.workbench import Workbench
+
+
+def held(pid):
+    "Resident memory in MB, threads and open files of a process."
+    status = dict(line.split(':', 1) for line in Path(f'/proc/{pid}/status').read_text().splitlines())
+    return dict(memory=int(status['VmRSS'].split()[0])/1024, threads=int(status['Threads']), files=len(os.listdir(f'/proc/{pid}/fd')))
+
+
+def sample(start, training, folder):
+    "One row: both processes, and files that look temporary."
+    hidden = sum(name.startswith('.') for _, folders, files in os.walk(folder) for name in folders + files)
+    return dict(seconds=time.monotonic() - start, **{f'training {k}': v for k, v in held(training).items()}, **{f'workbench {k}': v for k, v in held(os.getpid()).items()},
+                temporary=len(os.listdir(tempfile.gettempdir())), hidden=hidden)
+
+
+def growth(rows):
+    "First, last and growth of every column: from the mean of the second tenth of the rows to that of the last."
+    tenth = max(1, len(rows)//10)
+    first, last = rows.iloc[tenth:2*tenth].mean(), rows.iloc[-tenth:].mean()
+    return pd.DataFrame(dict(first=first, last=last, percent=100*(last/first - 1))).drop('seconds')
+
+
+def opened(folder):
+    "Seconds to open a run, its recalls and its workbench, drawn."
+    start = time.perf_counter()
+    run = Run(folder)
+    run.recalls(), run.epochs()
+    read = time.perf_counter() - start
+    bench = Workbench(run)
+    bench.wait()
+    bench.close()
+    return len(run.epochs()), read, time.perf_counter() - start
+
+
+def main(minutes, every, folder):
+    streets = tables()
+    p = child(folder, streets, epochs=10**6)
+    while not (folder/'config.json').exists() and p.exitcode is None: time.sleep(.1)
+    bench, start, rows = Workbench(Run(folder)), time.monotonic(), []
+    while time.monotonic() < start + 60*minutes:
+        time.sleep(every)
+        if p.exitcode is not None: raise SystemExit(f'the training ended with {p.exitcode}: {said(folder).read_text()}')
+        bench.tabs.selected_index = len(rows) % len(bench.pages)
+        rows.append(sample(start, p.pid, folder))
+    bench.close()
+    os.kill(p.pid, signal.SIGTERM)
+    code = wait(p)
+    return pd.DataFrame(rows), code
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--minutes', type=float, default=60)
+    parser.add_argument('--every', type=float, default=5, help='seconds between two looks')
+    parser.add_argument('--folder', type=Path, help='where to train; kept; default: a temporary one')
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as own:
+        folder = (args.folder or Path(own))/'runs'/'long'
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        rows, code = main(args.minutes, args.every, folder)
+        table = growth(rows)
+        print(table.round(1).to_string())
+        epochs, read, drawn = opened(folder)
+        print(f'{epochs:,} epochs of records are read in {read:.2f} s; their workbench is drawn after {drawn:.2f} s')
+        flat = bool((table.percent[['training memory']] < 2).all() and (table['last'] - table['first'])[[c for c in table.index if c.endswith(('threads', 'files'))]].max() < 1 and table['last']['hidden'] < 1)
+        print(f'long run: {"flat" if flat else "GROWS"}; ended by SIGTERM with {code}')
+    sys.exit(not flat)
