@@ -224,8 +224,9 @@ class CliquePage(Page):
     def members(self, cliques): # nodes of the clique that is shown
         return set(cliques.node[(cliques.batch == self.batch.value) & (cliques.slot == self.slot.value)]) if 'node' in cliques else set()
 
-    def slot_of(self, cliques): # (batch, slot) that holds the chosen place
+    def slot_of(self, cliques): # (batch, slot) that holds the chosen place, in the batch shown if it does
         found = cliques[cliques.node == self.state.node] if 'node' in cliques else cliques[:0]
+        found = found.iloc[(found.batch != self.batch.value).argsort(kind='stable')]
         if len(found): return int(found.batch.iloc[0]), int(found.slot.iloc[0])
         if self.state.node is not None: self.say('the chosen place is in none of the recorded batches of this epoch')
         return None, None
@@ -273,22 +274,24 @@ class AttentionPage(Page):
         return [W.HBox([self.image, self.beside, self.probe], layout=W.Layout(flex_flow='row wrap')), self.now, self.match, self.grid]
 
     def recorded(self): # (label, number) of each image of the record
-        return [(label, i) for i, label in enumerate(recorded_images(self.run, self.state.epoch))] if attended_epochs(self.run) or self.chosen() == (None, None) else []
+        return [(label, i) for i, label in enumerate(recorded_images(self.run, self.state.epoch))] if attended_epochs(self.run) or not self.chosen() else []
 
-    def chosen(self): # what is chosen elsewhere and can be looked at: an image, a place, or None
-        s, kept = self.state, self.run.checkpoints()
-        return (s.image, s.node) if s.epoch in kept else (None, None)
+    def chosen(self): # what is chosen elsewhere, an 'image' and a 'node', where the epoch's weights are there to look at it
+        s = self.state
+        if s.epoch not in self.run.checkpoints(): return {}
+        found = dict(image=s.image, node=None if s.node is None else (None, s.node))
+        return {k: Chosen(self.run, s.epoch, *v) for k, v in found.items() if v is not None}
 
     def draw(self):
-        s, (image, node) = self.state, self.chosen()
+        s, mine = self.state, self.chosen()
         recorded = self.recorded()
         rows = [((self.run.config.get('validation') or [''])[0], int(r)) for r in attended(self.run, s.epoch)[1].get('rows', ())] if recorded else []
-        options = recorded + [(f'chosen: {Chosen(self.run, s.epoch, *image).label}', 'image')]*(image is not None) + [(f'chosen place: {Chosen(self.run, s.epoch, None, node).label}', 'node')]*(node is not None)
+        options = recorded + [(f'chosen {dict(image="image", node="place")[k]}: {it.label}', k) for k, it in mine.items()]
         old, self.known = self.known, (s.image, s.node)
-        wanted = None if self.known == old else rows.index(s.image) if s.image != old[0] and s.image in rows else 'image' if s.image != old[0] and image else 'node' if s.node != old[1] and node is not None else None
+        wanted = None if self.known == old else rows.index(s.image) if s.image != old[0] and s.image in rows else 'image' if s.image != old[0] and 'image' in mine else 'node' if s.node != old[1] and 'node' in mine else None
         choices(self.image, options, wanted)
         if isinstance(self.image.value, int): return self.show(self.image.value, self.partner(self.image.value, recorded), None)
-        it = Chosen(self.run, s.epoch, *(image if self.image.value == 'image' else (None, node)))
+        it = mine[self.image.value]
         choices(self.beside, it.others())
         self.ask(it, it.other(self.beside.value))
 
