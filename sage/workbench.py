@@ -19,7 +19,7 @@ from .run import Run
 from .viz.attention import attended, attended_epochs, attention_figure, match_figure, probe_grid, recorded_images
 from .viz.clique import drawn_clique_figure, neighborhood, neighbourhood_figure
 from .viz.embedding import embedding_figure, embedding_positions, point_card, principal_positions
-from .viz.graph import graph_figure, graph_view, node_card, score_range, show_view
+from .viz.graph import graph_figure, graph_view, lines_for, node_card, score_range, show_view
 from .viz.map import clique_map, map_html
 from .viz.retrieval import answer_table, answered_epochs, asked, failure_map_figure, far, gallery_figure, metres_between, recall_curve_figure
 from .viz.style import COLORS, escape, plain_label, thumbnail
@@ -162,11 +162,12 @@ class GraphPage(Page):
         return positions[self.state.epoch], how
 
     def heard(self, plot, kind, message):
-        many = len(self.tables(self.state.epoch)[1]) > 1500
+        nodes, edges = self.tables(self.state.epoch)
+        many = len(edges) > lines_for(len(nodes))
         if kind == 'window' and many and not self.selection(): self.window, self.stale = message['window'], True
         if not message.get('points'): return
         if kind == 'click': self.state.set(node=int(message['points'][0]), lasso=None)
-        if kind == 'hover': self.card.value = node_card(self.tables(self.state.epoch)[0], int(message['points'][0]), 180)
+        if kind == 'hover': self.card.value = node_card(nodes, int(message['points'][0]), 180)
 
     def selection(self): # node numbers, or None
         s = self.state
@@ -403,8 +404,8 @@ class RetrievalPage(Page):
         lasso = s.lasso[1] if s.lasso and s.lasso[0] == of else ()
         several = t['query'][t.row.isin(lasso)].tolist()[:12] or [self.query.value]
         self.answers.show(gallery_figure(self.run, of, several[:4], epoch, dark=s.dark))
-        self.map.show(failure_map_figure(self.run, of, epoch, several, dark=s.dark, height=560).update_layout(uirevision=of, legend=dict(orientation='h', x=0, y=-.12, yanchor='top')))
-        self.curve.show(recall_curve_figure(self.run, of, dark=s.dark, height=560).update_layout(legend=dict(orientation='h', x=0, y=-.12, yanchor='top')))
+        self.map.show(failure_map_figure(self.run, of, epoch, several, dark=s.dark, height=480).update_layout(uirevision=of, legend=dict(orientation='h', x=0, y=-.12, yanchor='top')))
+        self.curve.show(recall_curve_figure(self.run, of, dark=s.dark, height=480).update_layout(legend=dict(orientation='h', x=0, y=-.12, yanchor='top')))
 
 # %% ../nbs/60_workbench.ipynb #cdae721d
 class TrainingPage(Page):
