@@ -18,8 +18,9 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from ..core import UserError, atomic
+from ..look import descriptors_of
 from .attention import attention_figure, match_figure, probe_grid
-from .clique import drawn_clique_figure, neighbourhood_figure
+from .clique import drawn_clique_figure, neighbourhood_figure, spot_images
 from .embedding import embedding_figure
 from .graph import graph_figure
 from .map import clique_map, map_html
@@ -122,6 +123,14 @@ def telling_queries(
     return chosen + pick(right, most - len(chosen))
 
 # %% ../../nbs/57_report.ipynb #55d0b428
+def _clique(run, epoch):
+    "A clique as the sampler saw it: by descriptors of images, where it had them and the epoch's weights are kept."
+    cliques, described = run.cliques(epoch), None
+    mine = cliques[(cliques.batch == 0) & (cliques.slot == 0)].sort_values('rank')
+    if len(mine) and (run.config.get('settings') or {}).get('node_features') == 'image' and epoch in run.checkpoints():
+        described = descriptors_of(run, run.table().image.iloc[spot_images(run, mine)].tolist(), epoch)
+    return drawn_clique_figure(run, epoch, described=described)
+
 def graph_sections(run) -> list:
     "Graph, one place, cliques."
     last = run.epochs()[-1]
@@ -130,7 +139,7 @@ def graph_sections(run) -> list:
         Section('One place', 'The place whose edges changed most in the last epoch, those that look like it, and those that are near.', [lambda: neighbourhood_figure(run, last, telling_place(run, last))]),
         Section('Batches on the map', 'The first batch of the first and of the last epoch. Each clique has a colour; dashed lines join places that look alike and are not: what the network is asked to tell apart.',
                 [lambda: frame_html(map_html(clique_map(run, sorted({run.epochs()[0], last}, reverse=True), 0)), 'batches on the map')]),
-        Section('A clique, step by step', 'Which images of one spot were taken, and by which mean affinity; beside it a random choice.', [lambda: drawn_clique_figure(run, last)])]
+        Section('A clique, step by step', 'Which images of one spot were taken, and by which mean affinity; beside it a random choice.', [lambda: _clique(run, last)])]
 
 def answer_sections(run) -> list:
     "Attention, embedding, retrieval."

@@ -130,7 +130,7 @@ def _cell(fig, col, line, row, shown, across):
     x, y, wide, high = col, -line, *np.array([min(HIGH*shown.wide, across - 14), min(HIGH, (across - 14)/shown.wide)])/[across, 138]
     fig.add_layout_image(source=shown.uri, x=x, y=y, xref='x', yref='y', sizex=wide, sizey=high, xanchor='center', yanchor='middle', sizing='contain')
     look = dict(query=dict(color=COLORS['grey'], dash='solid'), right=RIGHT, wrong=WRONG)[row.mark]
-    fig.add_shape(type='rect', x0=x - wide/2 - 3/across, x1=x + wide/2 + 3/across, y0=y - high/2 - 3/138, y1=y + high/2 + 3/138, line=dict(look, width=2 if row.mark == 'query' else 3.5))
+    fig.add_shape(type='rect', x0=x - wide/2 - 1/across, x1=x + wide/2 + 1/across, y0=y - high/2 - 1/138, y1=y + high/2 + 1/138, line=dict(look, width=2 if row.mark == 'query' else 3.5))
     fig.add_annotation(x=x, y=y - .39, text=row.caption, showarrow=False, yanchor='top', font_size=12)
 
 def gallery_figure(
