@@ -172,7 +172,7 @@ def attention_figure(
     (e0, a0), (e, a) = attended(run, first if before is None else before, image, looked), attended(run, epoch, image, looked)
     if a0['probes'].shape != a['probes'].shape or a0['images'][image] != a['images'][image]: raise UserError(f'{run.path}: epochs {e0} and {e} recorded different images or probes; compare two epochs of one training')
     maps = [_probe_map(v, image, probe) for v in (a0, a)]
-    what, times = 'all probes together' if probe is None else f'probe {probe}', [epoch_words(v)[1:] for v in (e0, e)]
+    what, times = 'all probes' if probe is None else f'probe {probe}', [epoch_words(v)[1:] for v in (e0, e)]
     titles = ['', *(f'β {t}<br><sup>{_span(v["beta"][image])}</sup>' for t, v in zip(times, (a0, a))), '', *(f'{what} {t}<br><sup>up to {m.max():.3g}× an even look</sup>' for t, m in zip(times, maps)), '']
     fig = make_subplots(2, 4, specs=[[{'rowspan': 2}, {}, {}, {}], [None, {}, {}, {}]], column_widths=[.26, .2, .2, .28], horizontal_spacing=.03, vertical_spacing=.2, subplot_titles=titles)
     shown = picture(a['images'][image], a['grid'][1]/a['grid'][0])
