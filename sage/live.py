@@ -213,29 +213,31 @@ class Painter(threading.Thread):
 
 # %% ../nbs/59_live.ipynb #b187325a
 class Later:
-    "Slow results, made in a thread."
+    "Slow results, made in one thread, the newest wish first."
     def __init__(self,
-        make, # function of a key: the result
-        tell, # called without arguments when one is there
-        most=64, # are kept
+        make,   # function of a key: the result
+        tell,   # called without arguments when one is there
+        keep=8, # results, and wishes not yet begun; the oldest go
     ):
-        self.make, self.tell, self.most, self.done, self.asked = make, tell, most, {}, set()
-        self.lock, self.one = threading.Lock(), threading.Lock()
+        self.make, self.tell, self.done, self.wanted, self.keep = make, tell, {}, [], keep
+        self.lock, self.making = threading.Lock(), None
 
     def get(self, key): # the result; None while it is made. Raises what making it raised
         with self.lock:
             if key not in self.done:
-                if key not in self.asked: self.asked.add(key); threading.Thread(target=self._work, args=(key,), daemon=True, name='sage later').start()
+                if key != self.making: self.wanted = [*(k for k in self.wanted if k != key), key][-self.keep:]
+                if self.making is None: self.making = self.wanted.pop(); threading.Thread(target=self._work, daemon=True, name='sage later').start()
                 return None
             result, error = self.done[key]
         if error is not None: raise error
         return result
 
-    def _work(self, key):
-        with self.one:
+    def _work(self):
+        key = self.making
+        while key is not None:
             try: made = self.make(key), None
             except Exception as e: made = None, e        # for whoever asks
-        with self.lock:
-            self.done[key] = made
-            while len(self.done) > self.most: self.asked.discard(old := next(iter(self.done))); del self.done[old]
-        self.tell()
+            with self.lock:
+                self.done = dict([*self.done.items(), (key, made)][-self.keep:])
+                key = self.making = self.wanted.pop() if self.wanted else None
+            self.tell()
