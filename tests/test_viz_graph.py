@@ -1,5 +1,5 @@
 "The pictures of the graph and of cliques: what they draw against brute force, at full size, and with names and files that mean harm."
-import io, json, time
+import io, json
 from base64 import b64decode
 
 import networkx as nx
