@@ -30,11 +30,11 @@ def two_nearest(d, near): # mean of the two nearest within half the radius; the 
 
 def by_rank(d, near): # 1/rank, summed within half the radius
     rank = np.empty(len(d)); rank[np.argsort(d, kind='stable')] = np.arange(1, len(d) + 1)
-    return -near @ np.where(np.isfinite(d), 1 / rank, 0)
+    return -near.astype(float) @ np.where(np.isfinite(d), 1 / rank, 0)
 
 def by_likeness(d, near): # exp(-2 (d - smallest)/spread), summed within half the radius
     known = d[np.isfinite(d)]
-    return -near @ np.exp(-2 * (d - known.min()) / known.std())
+    return -near.astype(float) @ np.exp(-2 * (d - known.min()) / known.std())
 
 JOIN = {'nearest photograph': nearest, 'mean of the two nearest': two_nearest, 'sum of 1/rank': by_rank, 'sum of likeness': by_likeness}
 
@@ -47,7 +47,7 @@ def apart(order, xyz, metres): return order[distinct_places(xyz[order], metres, 
 
 def measure(name, d, off, xyz, place):
     "d [Q, N]: descriptor distances, infinite for the photograph itself; off [Q, N]: metres. Percent of queries that have a photograph within 25 m."
-    near = np.linalg.norm(xyz[:, None] - xyz[None], axis=2) <= RADIUS / 2
+    near = far(xyz, xyz) <= RADIUS / 2
     keepers = {'25 m apart': lambda o: apart(o, xyz, RADIUS), '12.5 m apart': lambda o: apart(o, xyz, RADIUS / 2), 'cells of 25 m': lambda o: cells(o, place)}
     asked = [q for q in range(len(d)) if ((off[q] <= RADIUS) & np.isfinite(d[q])).any()]
     def orders(join): return [(q, np.lexsort((d[q], np.where(np.isfinite(d[q]), join(d[q], near), np.inf)))[:np.isfinite(d[q]).sum()]) for q in asked]
