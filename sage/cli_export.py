@@ -57,7 +57,7 @@ def training_images(
     args, # of `sage_pca`
 ) -> pd.DataFrame: # table of places
     "The images to learn from: --data, or the training tables of the checkpoint's run."
-    if args.data: return training_tables([args.data], [args.format])['mined']
+    if args.data: return training_tables([args.data], [args.format], progress=not args.quiet)['mined']
     run = run_of(args.checkpoint)
     names = [n for n in ('mined', 'labelled') if run and n in run.config.get('tables', {})]
     if not names: raise UserError(f'{args.checkpoint} belongs to no run that remembers its training images: give them with --data')
