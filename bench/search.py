@@ -18,7 +18,9 @@ QUERIES, K, TURNS, HIDDEN = 1000, 20, 2, 400
 
 
 def make(folder, rows, dim, seed):
-    "Database float16 [rows, dim], queries float32, and the place of each, on disk."
+    "Database float16 [rows, dim], queries float32, and the place of each, on disk, once."
+    if (folder/'places.npz').exists(): return
+    folder.mkdir(parents=True, exist_ok=True)
     r = np.random.default_rng([seed, rows, dim])
     places = rows//3
     spread = r.standard_normal((HIDDEN, dim), dtype=np.float32)
@@ -127,10 +129,13 @@ def main():
     parser = arguments(__doc__)
     parser.add_argument('--rows', type=int, default=10_000)
     parser.add_argument('--dim', type=int, default=8448)
+    parser.add_argument('--data', type=Path, help='folder that keeps the input between runs (default: a temporary one)')
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder), args.rows, args.dim, args.seed)
-        keep('search', args, compare(Path(folder), args.rows, args.dim, args.seed), ('numpy', 'faiss-cpu', 'scikit-learn'))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(args.data or temporary)/f'{args.rows}x{args.dim}'
+        make(folder, args.rows, args.dim, args.seed)
+        rows = compare(folder, args.rows, args.dim, args.seed)
+    keep('search', args, rows, ('numpy', 'faiss-cpu', 'scikit-learn'))
 
 
 if __name__ == '__main__': main()
