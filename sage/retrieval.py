@@ -81,9 +81,10 @@ def candidates(
     database:np.ndarray,  # [N, D], any float type
     k:int,                # how many, at most N
 ):                        # (approximate squared distances [Q, k] ascending, indices [Q, k])
-    "FAISS's exhaustive nearest neighbours over pieces of the database, merged."
+    "FAISS's exhaustive nearest neighbours over pieces of the database, merged. What lies in memory as float32 is one piece, and not copied."
     best = np.full((len(queries), 0), 0, np.float32), np.zeros((len(queries), 0), np.int64)
-    for start, piece in chunks(database, 'database', check=False):
+    whole = database.dtype == np.float32 and database.flags.c_contiguous and not isinstance(database, np.memmap)
+    for start, piece in chunks(database, 'database', database.nbytes if whole else 1 << 28, check=False):
         d, i = faiss.knn(queries, piece, min(k, len(piece)))
         d, i = np.hstack([best[0], d]), np.hstack([best[1], i + start])
         keep = np.argsort(d, axis=1, kind='stable')[:, :k]
@@ -163,7 +164,7 @@ def search_piece(
 ):                       # (squared distances, indices) [Q, k]
     "Search for some queries: candidates, exact distances, more candidates where the K-th place is not yet certain."
     distances, indices = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
-    todo, want, slack = np.arange(len(queries)), 2 * k + 8, slack + 8e-7 * np.sqrt(queries.shape[1]) * norms(queries, 'queries')
+    todo, want, slack = np.arange(len(queries)), k + 12, slack + 8e-7 * np.sqrt(queries.shape[1]) * norms(queries, 'queries')
     while len(todo):
         want, q = min(want, len(database)), queries[todo]
         rough, i = candidates(q, database, want)
