@@ -137,7 +137,7 @@ def frozen(self:Backbone,
 ) -> torch.Tensor:
     "`module(x)`; under autocast with weights that were cast once, for as long as they stay the same (an edit through `.data` is not noticed)."
     kind, ps = x.device.type, list(module.parameters())
-    if not torch.is_autocast_enabled(kind) or any(p.requires_grad for p in ps): return module(x)
+    if not torch.is_autocast_enabled(kind) or torch.compiler.is_compiling() or any(p.requires_grad for p in ps): return module(x)
     dtype = torch.get_autocast_dtype(kind)
     key = dtype, [(p.untyped_storage()._cdata, 0 if p.is_inference() else p._version) for p in ps]
     if self.casts.get(module, (None,))[0] != key: self.casts[module] = key, cast_weights(module, dtype)

@@ -107,12 +107,12 @@ def product_type(F, squares):
 
 def _products(F, a, b, seeds, dtype):
     "Inner products of the descriptors of `seeds` with rows a to b, [seeds, b - a]; F may be float16 or on disk."
-    out, step = np.empty((len(seeds), b - a), np.float32), max(256, 2**22//F.shape[1])
-    load = (lambda x: np.asarray(x, np.float32)) if dtype == torch.float32 else lambda x: torch.from_numpy(np.array(x)).to(dtype)
+    out, step = np.empty((len(seeds), b - a), np.float32), max(256, 2**18//F.shape[1])      # pieces that a processor's cache holds
+    load = lambda x: torch.from_numpy(x if x.flags.writeable else np.array(x)).to(dtype)
     chosen = load(F[seeds])
     for c in range(a, b, step):
-        part = chosen @ load(F[c:min(c + step, b)]).T
-        out[:, c-a:c-a+part.shape[1]] = part if dtype == torch.float32 else part.float().numpy()
+        part = torch.nn.functional.linear(chosen, load(F[c:min(c + step, b)]))
+        out[:, c-a:c-a+part.shape[1]] = part.float().numpy()
     return out
 
 def draw_places(
