@@ -13,7 +13,9 @@ help:
 	@echo 'make demo             train on an embedded town and recognise places in another'
 	@echo 'make test             every check of the project'
 	@echo 'make quick            the same without the slow ones'
-	@echo 'make torture          kills, full disks, damaged files, fuzzing, mutants: an hour'
+	@echo 'make torture          kills, full disks, damaged files, fuzzing, mutants: hours'
+	@echo 'make lowest           the quick checks with the lowest version of every requirement'
+	@echo 'make audit            known weaknesses of the installed requirements (asks pypi.org)'
 	@echo 'make lab              the notebooks in JupyterLab'
 	@echo 'make env              only the environment; prints its python'
 	@echo 'make export           notebooks -> sage/'
@@ -37,6 +39,12 @@ browser:
 torture:
 	@$(find_py); SAGE_TORTURE=1 "$$py" -m pytest -q -s tests/faults && "$$py" tools/mutate.py $(ARGS)
 
+lowest:
+	@py=$$($(PYTHON) tools/env.py lowest) && "$$py" tools/check.py quick
+
+audit:
+	@$(find_py); audit=$$($(PYTHON) tools/env.py audit) && "$$(dirname "$$audit")/pip-audit" --strict --path "$$("$$py" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
 lab:
 	@$(find_py); "$(bin)/jupyter" lab nbs $(ARGS)
 
@@ -49,4 +57,4 @@ export:
 clean-notebooks:
 	@$(find_py); "$(bin)/nbdev_clean"
 
-.PHONY: help env demo test quick browser torture lab bench export clean-notebooks
+.PHONY: help env demo test quick browser torture lowest audit lab bench export clean-notebooks

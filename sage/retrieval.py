@@ -226,7 +226,7 @@ def first_hits(
     positives:list,     # for each query its positives' row numbers
 ) -> np.ndarray:        # [Q] rank from 0 of the first positive; k where none was retrieved
     "At which place the first right answer stands."
-    hits = np.array([np.isin(row, p) for row, p in zip(indices, positives)]).reshape(indices.shape)
+    hits = np.array([np.isin(row, np.asarray(list(p), np.int64)) for row, p in zip(indices, positives)]).reshape(indices.shape)
     return np.where(hits.any(1), hits.argmax(1), indices.shape[1])
 
 def recall_from_ranks(
@@ -241,7 +241,8 @@ def recall_from_ranks(
     if not ks or min(ks) < 1: raise UserError(f'ks {ks}: recall@K needs K of 1 or more')
     has = np.array([len(p) > 0 for p in positives], bool)
     first = first_hits(indices, positives)[has]
-    return Recall({k: 100. * float((first < k).mean()) if len(first) else float('nan') for k in ks}, len(has), int((~has).sum()))
+    within = lambda k: 100. * float((first < min(k, indices.shape[1])).mean()) if len(first) else float('nan')             # none found is no answer, however large k
+    return Recall({k: within(k) for k in ks}, len(has), int((~has).sum()))
 
 def recall_at_k(
     queries,        # descriptors [Q, D]
@@ -251,6 +252,9 @@ def recall_at_k(
 ) -> Recall:        # {k: percent} with .queries and .without_positive
     "Percent of queries with a positive among the K nearest by descriptor (Euclidean, exact, ties to the lower row)."
     if len(queries) != len(positives): raise UserError(f'{len(positives)} lists of positives for {len(queries)} queries; give one for each')
+    positives = [np.asarray(list(p), np.int64) for p in positives]
+    rows = np.concatenate([np.zeros(0, np.int64), *positives])
+    if (strange := rows[(rows < 0) | (rows >= len(database))]).size: raise UserError(f'a positive is row {strange[0]} of a database of {len(database):,} rows; count rows from 0')
     ks = np.atleast_1d(ks)
     return recall_from_ranks(search(queries, database, max(int(max(ks, default=1)), 1))[1], positives, ks)
 

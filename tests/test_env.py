@@ -1,10 +1,35 @@
 "tools/env.py: one line of answer, built once, never half. The requirement is pip itself, which every venv has: no network needed."
 import os, shutil, subprocess, sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT/'tools'))
+from env import lowest, requirements
+
+@pytest.mark.parametrize('text', requirements('dev'), ids=lambda r: Requirement(r).name)
+def test_every_requirement_has_two_bounds_and_is_met(text):
+    "At least one version, below one version; the newest major that is allowed is the last; what is installed lies between."
+    wanted = Requirement(text)
+    assert sorted(s.operator for s in wanted.specifier) == ['<', '>='] and not wanted.extras and not wanted.marker
+    least, below = sorted((Version(s.version) for s in wanted.specifier))
+    assert least < below and len(below.release) <= 2 and [s.operator for s in wanted.specifier if Version(s.version) == least] == ['>=']
+    assert wanted.specifier.contains(version(wanted.name)), f'{wanted.name} {version(wanted.name)} is installed, {wanted.specifier} is wanted: make env'
+
+def test_no_requirement_is_said_twice():
+    names = [canonicalize_name(Requirement(r).name) for r in requirements('dev')]
+    assert len({*names}) == len(names)
+
+def test_lowest_versions(capsys):
+    "Every requirement at its lower bound; one sentence where there is none."
+    assert lowest('numpy>=1.26,<3') == 'numpy==1.26' and lowest('a_b>=2') == 'a_b==2'
+    assert [Requirement(r).name for r in requirements('lowest')] == [Requirement(r).name for r in requirements('dev')]
+    with pytest.raises(SystemExit, match="'numpy' has no lower bound"): lowest('numpy')
 
 @pytest.fixture
 def project(tmp_path):

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Build the project's environment outside the checkout and print the path of its python as the last line.
 
-usage: env.py [dev|runtime]      (dev, the default: everything; runtime: what the installed package needs)
+usage: env.py [dev|runtime|lowest|audit]   (dev, the default: everything; runtime: what the installed package needs; lowest: everything, at the
+                                           lowest version that settings.ini allows, to try whether that is true; audit: pip-audit)
 
 The environment holds dependencies only, never the package itself, so many clones share it: run with PYTHONPATH=<checkout>.
 It lies in $SAGE_ENV_HOME, else ~/.cache/sage-vpr/envs, in a folder named after the requirements and the Python version;
@@ -23,9 +24,17 @@ def settings(root=ROOT):
     return parser['DEFAULT']
 
 def requirements(kind='dev', root=ROOT):
-    "The requirement list for 'runtime' or 'dev' (which contains it)."
+    "The requirement list for 'runtime', 'dev' (which contains it), 'lowest' ('dev', each at its lower bound) or 'audit'."
     config = settings(root)
-    return shlex.split(config['requirements']) + (shlex.split(config['dev_requirements']) if kind == 'dev' else [])
+    if kind == 'audit': return shlex.split(config['audit_requirements'])
+    listed = shlex.split(config['requirements']) + (shlex.split(config['dev_requirements']) if kind != 'runtime' else [])
+    return [lowest(r) for r in listed] if kind == 'lowest' else listed
+
+def lowest(requirement):
+    "'name>=1.2,<3' → 'name==1.2'; leave with one sentence where there is no lower bound."
+    name, found, bounds = requirement.partition('>=')
+    if not found: sys.exit(f'settings.ini: {requirement!r} has no lower bound; write name>=LOWEST,<NEXT')
+    return f'{name}=={bounds.split(",")[0]}'
 
 def check_python(root=ROOT):
     "Leave with one sentence where this Python is too old."
@@ -62,7 +71,7 @@ def run(command, failed):
 
 def build(folder, install):
     "Make the environment anew and install the list `install` in one pip call, so that pip weighs all versions together."
-    say(f'building the environment in {folder} (some minutes, about 5.5 GB) …')
+    say(f'building the environment in {folder} (some minutes, up to 5.5 GB) …')
     shutil.rmtree(folder, ignore_errors=True)
     run([sys.executable, '-m', 'venv', folder], 'the venv module failed; on Debian or Ubuntu install the package python3-venv')
     run([python_of(folder), '-m', 'pip', 'install', '--disable-pip-version-check', '--no-input', *install],
@@ -82,5 +91,5 @@ def ensure(kind='dev', root=ROOT, install=None):
 
 if __name__ == '__main__':
     kind = sys.argv[1] if len(sys.argv) > 1 else 'dev'
-    if kind not in ('dev', 'runtime') or len(sys.argv) > 2: sys.exit(__doc__)
+    if kind not in ('dev', 'runtime', 'lowest', 'audit') or len(sys.argv) > 2: sys.exit(__doc__)
     print(ensure(kind))

@@ -1,10 +1,11 @@
 """A long training on a small world with the workbench open on it: does anything grow that should not?
 
     python tests/faults/long.py --minutes 60       # what `make torture` runs
+    python tests/faults/long.py --records 1000     # no training: how long a run of so many epochs takes to open
 
 Memory, threads and open files of the training and of the workbench are read every few seconds, and the files in the run folder and in the folder for temporary files are counted. Growth is from the mean of the
 second tenth of the time to the mean of the last tenth. At the end the run, with as many epochs as were trained, is opened anew."""
-import argparse, os, signal, subprocess, sys, tempfile, time
+import argparse, json, os, shutil, signal, sys, tempfile, time
 from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(__file__))
@@ -45,6 +46,20 @@ def opened(folder):
     return len(run.epochs()), read, time.perf_counter() - start
 
 
+def recorded(path, epochs):
+    "A run of so many epochs, made up: those of a toy run again and again."
+    from sage.viz.toy import toy_run
+    run = toy_run(path, epochs=3)
+    lines = (path/'metrics.jsonl').read_text().splitlines()
+    rows = {e: [line for line in lines if json.loads(line)['epoch'] == e] for e in (1, 2, 3)}
+    with open(path/'metrics.jsonl', 'a') as f:
+        for e in range(4, epochs + 1):
+            like = 1 + e % 3
+            shutil.copytree(path/'epochs'/f'{like:04d}', path/'epochs'/f'{e:04d}', copy_function=os.link)
+            f.writelines(json.dumps(json.loads(line) | dict(epoch=e)) + '\n' for line in rows[like])
+    return run.path
+
+
 def main(minutes, every, folder):
     streets = tables()
     p = child(folder, streets, epochs=10**6)
@@ -55,6 +70,7 @@ def main(minutes, every, folder):
         if p.exitcode is not None: raise SystemExit(f'the training ended with {p.exitcode}: {said(folder).read_text()}')
         bench.tabs.selected_index = len(rows) % len(bench.pages)
         rows.append(sample(start, p.pid, folder))
+        if len(rows) % 60 == 0: print({k: round(v, 1) for k, v in rows[-1].items()}, len(Run(folder).epochs()), 'epochs', flush=True)
     bench.close()
     os.kill(p.pid, signal.SIGTERM)
     code = wait(p)
@@ -65,11 +81,16 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--minutes', type=float, default=60)
     parser.add_argument('--every', type=float, default=5, help='seconds between two looks')
+    parser.add_argument('--records', type=int, help='only open a made-up run of so many epochs')
     parser.add_argument('--folder', type=Path, help='where to train; kept; default: a temporary one')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as own:
         folder = (args.folder or Path(own))/'runs'/'long'
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if args.records:
+            epochs, read, drawn = opened(recorded(folder, args.records))
+            print(f'{epochs:,} epochs of records ({(folder/"metrics.jsonl").stat().st_size:,} bytes of metrics) are read in {read:.2f} s; their workbench is drawn after {drawn:.2f} s')
+            sys.exit()
         rows, code = main(args.minutes, args.every, folder)
         table = growth(rows)
         print(table.round(1).to_string())

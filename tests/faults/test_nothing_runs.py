@@ -1,5 +1,6 @@
 """What was only meant to be read never runs: no pickle, names are text in every page, a report asks the network for nothing, paths of a csv stay in their folder."""
-import ast, io, os, re, shutil, zipfile
+import ast, io, os, re, shutil, sys, zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -109,29 +110,97 @@ def evil_run(path):
     return out
 
 
+@contextmanager
+def chromium():
+    "(a browser, playwright); the test is skipped where there is none."
+    sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+    program = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if not program: pytest.skip('no chromium on the path')
+    with sync_api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=program, args=['--no-sandbox'])
+        yield browser
+        browser.close()
+
+
+INJECTED = "[...document.querySelectorAll('img, a')].filter(e => e.getAttribute('src') == 'x' || (e.getAttribute('href') || '').startsWith('javascript')).length"
+
+def ran(page):
+    "Whether a name became more than text, in the page or in a frame of it."
+    return any(f.evaluate('window.hacked') or f.evaluate(INJECTED) for f in page.frames)
+
+
+def visit(browser, path):
+    "Open a page of this disk; (page, what it asked a network for, what it said in a dialogue)."
+    asked, said, page = [], [], browser.new_page()
+    page.on('request', lambda r: asked.append(r.url) if not r.url.startswith(('data:', 'blob:', 'about:', path.as_uri())) else None)
+    page.on('dialog', lambda d: (said.append(d.message), d.dismiss()))
+    page.goto(path.as_uri()); page.wait_for_timeout(1500)
+    return page, asked, said
+
+
+def hover_plots(page, most):
+    for plot in page.locator('.js-plotly-plot .nsewdrag').locator('visible=true').all()[:most]:
+        box = plot.bounding_box()
+        if box: page.mouse.move(box['x'] + box['width'] / 2, box['y'] + box['height'] / 2)
+
+
+def open_popups(page, most):
+    for frame in page.frames:
+        frame.evaluate("most => [...document.querySelectorAll('.leaflet-interactive')].slice(0, most).forEach(e => e.dispatchEvent(new MouseEvent('click', {bubbles: true})))", most)
+
+
 @pytest.mark.browser
 def test_a_hostile_report_is_only_shown(tmp_path):
-    sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
-    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-    if not chromium: pytest.skip('no chromium on the path')
     page_file = write_report(evil_run(tmp_path/'run'), tmp_path/'r.html')
-    asked, said = [], []
-    with sync_api.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
-        page = browser.new_page()
-        page.on('request', lambda r: asked.append(r.url) if not r.url.startswith(('data:', 'blob:', 'about:', page_file.as_uri())) else None)
-        page.on('dialog', lambda d: (said.append(d.message), d.dismiss()))
-        page.goto(page_file.as_uri()); page.wait_for_timeout(1500)
+    with chromium() as browser:
+        page, asked, said = visit(browser, page_file)
         page.evaluate("for (const f of document.querySelectorAll('.figure')) f.scrollIntoView()"); page.wait_for_timeout(500)
-        for plot in page.locator('.js-plotly-plot .nsewdrag').all()[:12]:                            # hover texts
-            box = plot.bounding_box()
-            if box: page.mouse.move(box['x'] + box['width'] / 2, box['y'] + box['height'] / 2)
-        for frame in page.frames[1:]:                                                              # the map: popups and tooltips
-            for pin in frame.locator('.leaflet-interactive').all()[:8]: pin.click(force=True, timeout=2000, no_wait_after=True) if pin.is_visible() else None
+        hover_plots(page, 12); open_popups(page, 8)
         page.wait_for_timeout(300)
-        hacked = page.evaluate('window.hacked') or any(f.evaluate('window.hacked') for f in page.frames)
+        assert not ran(page) and said == [] and asked == []
         text = page.inner_text('body')
-        injected = page.evaluate("[...document.querySelectorAll('img, a')].filter(e => e.getAttribute('src') == 'x' || (e.getAttribute('href') || '').startsWith('javascript')).length") + sum(f.evaluate("document.querySelectorAll('img[src=x]').length") for f in page.frames)
-        browser.close()
-    assert not hacked and not injected and said == [] and asked == []
     assert '<script>window.top.hacked=1</script>' in text and '{{7*7}}' in text and '49' not in re.findall(r'(?<=onerror="window.top.hacked=1">).{2}', text)
+
+
+@pytest.mark.browser
+def test_a_hostile_answer_is_only_shown(tmp_path, capsys):
+    "The page of sage_where: names of the photographs, of the map's photographs and of its places."
+    from PIL import Image
+    from sage import cli
+    name = EVIL.replace('/', '∕')[:120]
+    pictures = tmp_path/'map'/EVIL.replace('/', '∕')[:60]
+    pictures.mkdir(parents=True)
+    for i in range(4): Image.new('RGB', (64, 48), (40*i, 90, 120)).save(pictures/f'{name}{i}.jpg')
+    rows = pd.DataFrame(dict(path=[f'{pictures.name}/{name}{i}.jpg' for i in range(4)], lat=55.7 + 1e-3*np.arange(4), lon=13.2, place=[EVIL + str(i) for i in range(4)], time=EVIL))
+    rows.to_csv(tmp_path/'map'/'where.csv', index=False)
+    shutil.copy(pictures/f'{name}1.jpg', tmp_path/f'{name}.jpg')
+    cli.sage_where([str(tmp_path/f'{name}.jpg'), '--map', str(tmp_path/'map'), '--page', str(tmp_path/'a.html'), '--size', '56'])
+    with chromium() as browser:
+        page, asked, said = visit(browser, tmp_path/'a.html')
+        page.evaluate('window.hacked = undefined')
+        open_popups(page, 12); page.wait_for_timeout(300)
+        assert page.locator('.leaflet-container').count() and not ran(page) and said == [] and asked == []
+        assert '<script>window.top.hacked=1<' in page.inner_text('body') and '{{7*7}}' in page.inner_text('body')
+
+
+@pytest.mark.browser
+def test_a_hostile_run_in_a_notebook_is_only_shown(tmp_path):
+    "The workbench and the run's tables in JupyterLab: every page of it, its hovers, the map's popups."
+    pytest.importorskip('jupyterlab'); pytest.importorskip('playwright.sync_api')
+    sys.path.insert(0, str(ROOT/'tests'))
+    from test_browser import Desk, lab, notebook
+    run = evil_run(tmp_path/'run')
+    (tmp_path/'lab').mkdir()
+    notebook(tmp_path/'lab'/'work.ipynb', f'from sage.workbench import Workbench\nbench = Workbench({str(run.path)!r})\nbench', 'bench.run.table().head(3)', 'bench.run.nodes(1).head(3)', 'bench.run.answers(1)')
+    with chromium() as browser, lab(tmp_path/'lab') as url:
+        d, said = Desk(browser, url), []
+        d.page.on('dialog', lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+        d.open('work.ipynb'); d.run_all()
+        d.until(lambda: 'after 1 epoch' in d.title(), 120)
+        for name in [t.strip() for t in d.page.locator('.jupyter-widgets .lm-TabBar-tab').all_text_contents()]:
+            d.tab(name); d.page.wait_for_timeout(2500)
+            hover_plots(d.page, 3); open_popups(d.page, 4)
+            assert not ran(d.page), name
+        text = d.page.inner_text('body')
+        assert said == [] and d.asked == [] and not d.cell_errors()
+    assert '<script>window.top.hacked=1</script>' in text and '{{7*7}}' in text

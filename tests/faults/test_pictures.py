@@ -93,6 +93,14 @@ def test_each_kind(name, strangers):
         assert np.abs(np.asarray(got).astype(int) - want).mean() < 12 and (np.asarray(got).max(2) > 8).mean() > .99, 'no black substitute'
 
 
+def test_each_outcome_is_stated(root):
+    "docs/strangers.md has a line for every kind, and says the same."
+    stated = {n: line.split('|')[2] for line in (root/'docs'/'strangers.md').read_text().splitlines() if line.startswith('| ') for n in re.findall(r'`([^`]+)`', line.split('|')[3] if line.count('|') > 3 else '')}
+    for name, (_, want) in KINDS.items():
+        outcome = stated[re.sub(r'[^\w.]', '_', name)]
+        assert ('left out' in outcome) == isinstance(want, str), (name, outcome)
+
+
 def table(folder):
     return make_table(image=[str(folder/n) for n in KINDS], easting=0., northing=0.)
 

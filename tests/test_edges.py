@@ -1,0 +1,140 @@
+"""Exact borders of geo and retrieval, each worked by hand: what a small change of one number or one comparison would break and no broader test would notice (see tools/mutate.py)."""
+import numpy as np, pandas as pd, pytest
+
+import sage.retrieval as r
+from sage.core import UserError
+from sage.geo import radius_neighbors, to_utm
+from sage.retrieval import Recall, apply_pca, check_descriptors, check_finite, chunks, fit_pca, move, pca_solver, positives_within, rerank, search, zones_touch
+
+
+# ---- geo
+
+def test_a_zone_is_chosen_by_most_and_a_tie_goes_low():
+    lat = np.full(4, 47.)
+    assert to_utm(lat, [11., 11, 13, 13])[2] == '32N' and to_utm(lat, [11., 13, 13, 13])[2] == '33N'
+    assert to_utm([1., -1], [10., 10])[2] == '32N' and to_utm([-1., -1, 1], [10.]*3)[2] == '32S' and to_utm([0.], [10.])[2] == '32N'
+    with pytest.raises(UserError, match='no positions'): to_utm([], [])
+
+def test_positions_at_the_limits():
+    for lat, lon in ((90, 180), (-90, -180)):
+        with pytest.raises(UserError, match='1 longitudes|2 longitudes'): to_utm([lat], [lon, lon])
+    to_utm([84.], [180.]); to_utm([-80.], [-180.])
+    with pytest.raises(UserError, match='swapped'): to_utm([180.], [90.])
+    with pytest.raises(UserError, match='swapped'): to_utm([-180.], [-90.])
+    with pytest.raises(UserError, match='within ±90'): to_utm([180.5], [90.])
+    with pytest.raises(UserError, match='within ±90'): to_utm([180.], [90.5])
+
+def test_neighbours_come_with_their_distances_and_counts():
+    near = radius_neighbors([[0, 0], [3, 4], [6, 8]], 5, inclusive=True)
+    assert near.counts.tolist() == [1, 2, 1] and near.indptr.tolist() == [0, 1, 3, 4] and near.indices.tolist() == [1, 0, 2, 1] and near.distances.tolist() == [5., 5., 5., 5.]
+    assert radius_neighbors([[0, 0], [3, 4], [6, 8]], 5).counts.tolist() == [0, 0, 0]
+    far = radius_neighbors([[0, 0], [3, 4], [6, 8]], 5, [[3, 4]], inclusive=True)
+    assert far.indices.tolist() == [0, 1, 2] and far.distances.tolist() == [5., 0., 5.] and far.counts.tolist() == [3]
+    assert radius_neighbors([[0, 0]], 1e-3, [[0, 0]]).indices.tolist() == [0]
+
+
+# ---- retrieval
+
+def test_what_descriptors_may_be():
+    assert check_descriptors(np.zeros((1, 1), np.float16), 'x').dtype == np.float16
+    for bad, said in ((np.zeros(3), 'shape \\[3\\]'), (np.zeros((2, 2, 2)), 'shape'), (np.zeros((0, 2)), 'shape'), (np.zeros((2, 0)), 'shape'), (np.zeros((2, 2), int), 'int64')):
+        with pytest.raises(UserError, match=said): check_descriptors(bad, 'x')
+    check_finite(np.array([1., 0, 2]), 'x')
+    with pytest.raises(UserError, match='x row 11:'): check_finite(np.array([1., np.inf, np.nan]), 'x', 10)
+    with pytest.raises(UserError, match='x row 1:'): check_finite(np.array([1., np.inf, np.nan]), 'x')
+
+def test_pieces():
+    x = np.arange(21., dtype=np.float32).reshape(7, 3)
+    assert [(s, p.tolist()) for s, p in chunks(x, 'x', 24)] == [(0, x[:2].tolist()), (2, x[2:4].tolist()), (4, x[4:6].tolist()), (6, x[6:].tolist())]
+    assert [len(p) for _, p in chunks(x, 'x', 35)] == [2, 2, 2, 1] and [len(p) for _, p in chunks(x, 'x', 36)] == [3, 3, 1]
+    assert [len(p) for _, p in chunks(x, 'x', 1)] == [1]*7 and [len(p) for _, p in chunks(x, 'x')] == [7]
+    assert all(p.dtype == np.float32 and p.flags.c_contiguous for _, p in chunks(np.asfortranarray(x.astype(np.float64)), 'x'))
+    x[5, 1] = np.nan
+    with pytest.raises(UserError, match='x row 5'): list(chunks(x, 'x', 24))
+    assert len(list(chunks(x, 'x', 24, check=False))) == 4
+
+def test_one_piece_is_asked_for_at_most_what_it_has():
+    x = np.eye(5, dtype=np.float32)
+    d, i = r.candidates(x[:1], x, 5)
+    assert sorted(i[0].tolist()) == [0, 1, 2, 3, 4] and d[0, 0] == 0 and d.shape == (1, 5)
+
+@pytest.mark.parametrize('dtype', [np.float16, np.float32, np.float64])
+def test_ties_go_to_the_lower_row_and_distances_are_exact(dtype):
+    x = np.array([[3, 4], [0, 0], [3, 4], [-3, 4]], dtype)
+    d, i = rerank(np.zeros((1, 2), np.float32), x, np.array([[3, 2, 1, 0]]))
+    assert i.tolist() == [[1, 0, 2, 3]] and d.tolist() == [[0, 25, 25, 25]]
+    d, i = search(np.zeros((1, 2), np.float32), x, 9)
+    assert i.tolist() == [[1, 0, 2, 3]] and d.tolist() == [[0, 5, 5, 5]]
+
+def test_more_candidates_until_it_is_certain():
+    "Two hundred rows closer together than FAISS's arithmetic can tell: only the exact differences put them in order."
+    g = np.random.default_rng(3)
+    x = (3e3 + 1e-3*g.integers(0, 9, (200, 8))).astype(np.float32)
+    q = np.full((3, 8), 3e3, np.float32)
+    exact = np.square(x.astype(float) - 3e3).sum(1)
+    for k in (1, 2, 12, 60, 200):
+        d, i = search(q, x, k)
+        assert (i == np.lexsort((np.arange(200), exact))[:k]).all() and np.allclose(d, np.sqrt(np.sort(exact)[:k]))
+
+def test_the_first_candidates_are_enough_where_all_is_clear(monkeypatch):
+    asked, real = [], r.candidates
+    monkeypatch.setattr(r, 'candidates', lambda q, x, k: (asked.append((len(q), k)), real(q, x, k))[1])
+    x = (10.*np.arange(500)[:, None]*np.ones((1, 2))).astype(np.float32)
+    search(x[:7], x, 3)
+    assert asked == [(7, 11)]
+    asked.clear()
+    search(x[:1], np.concatenate([x[:1]]*30 + [x[1:300]]), 3)                     # thirty equal rows: 11 do not decide, 44 do
+    assert asked == [(1, 11), (1, 44)]
+
+def test_zones_that_touch():
+    touch = [(a, b) for a in ('1N', '2N', '31N', '32S', '33N', '59N', '60S', '') for b in ('1N', '33N', '60N', '') if zones_touch(a, b)]
+    assert touch == [('1N', '1N'), ('1N', '60N'), ('2N', '1N'), ('32S', '33N'), ('33N', '33N'), ('59N', '60N'), ('60S', '1N'), ('60S', '60N'), ('', '')]
+
+def test_positives_across_a_border_both_ways_and_only_near_ones():
+    lon = np.array([12 - 5e-5, 12 + 5e-5, 12 + 2e-3])
+    west, east = (np.stack(to_utm(np.full(3, 52.), lon, zone=z)[:2], 1) for z in ('32N', '33N'))
+    table = lambda xy, zone: pd.DataFrame(dict(easting=xy[:, 0], northing=xy[:, 1], zone=zone, city='a'))
+    assert [p.tolist() for p in positives_within(table(west[:1], '32N'), table(east[1:], '33N'))] == [[0]]
+    assert [p.tolist() for p in positives_within(table(east, '33N'), table(west[:1], '32N'))] == [[0], [0], []]
+    assert move(west, '32N', '32N') is west and np.allclose(move(west, '32N', '33N'), east, atol=1e-3)
+
+def test_positives_include_the_border_of_25_metres_and_keep_cities_without_a_zone_apart():
+    table = lambda x, city: pd.DataFrame(dict(easting=np.array(x, float), northing=0., zone='', city=city))
+    assert [p.tolist() for p in positives_within(table([0], 'a'), table([25, 25.001, -25, 0], ['a', 'a', 'a', 'b']))] == [[0, 2]]
+
+def test_recall_says_how_many():
+    assert repr(Recall({1: 50., 5: 100.}, 7, 2)) == 'R@1 50.0  R@5 100.0  (5 queries, 2 without a positive left out)'
+    ranks = np.array([[4, 7, 9], [1, 2, 3]])
+    assert r.first_hits(ranks, [np.array([9, 7]), np.array([8])]).tolist() == [1, 3]
+    assert dict(r.recall_from_ranks(ranks, [[4], [3]], (1, 2, 3))) == {1: 50., 2: 50., 3: 100.} and list(r.recall_from_ranks(ranks, [[4], [3]])) == [1, 5, 10, 20]
+    assert list(r.recall_at_k(np.eye(2), np.eye(2), [[0], [0]])) == [1, 5, 10, 20] and dict(r.recall_at_k(np.eye(2), np.eye(2), [[0], [0]], 1)) == {1: 50.}
+    for ks in ((), (0,), (2, 0)):
+        with pytest.raises(UserError, match='K of 1 or more'): r.recall_from_ranks(ranks, [[4], [3]], ks)
+    for ranks, positives in ((np.zeros((2, 3)), [[1]]), (np.zeros(2), [[1], [1]])):
+        with pytest.raises(UserError, match='one list for each query'): r.recall_from_ranks(ranks, positives)
+    with pytest.raises(UserError, match='2 lists of positives for 1 queries'): r.recall_at_k(np.eye(2)[:1], np.eye(2), [[0], [1]])
+
+def test_how_components_are_found():
+    assert pca_solver(501, 600, 125) == 'randomized' and pca_solver(501, 600, 126) == 'full' and pca_solver(500, 600, 2) == 'full'
+    assert pca_solver(600, 501, 125) == 'randomized' and pca_solver(600, 500, 2) == 'covariance_eigh' and pca_solver(5, 5, 1) == 'full' and pca_solver(6, 5, 1) == 'covariance_eigh'
+
+def test_components_by_hand():
+    "Four points on a cross: variances 2 · 9 / 3 and 2 · 1 / 3."
+    x = np.array([[3., 0], [-3, 0], [0, 1], [0, -1]]) + 5
+    pca = fit_pca(x, 2)
+    assert pca['mean'].tolist() == [5, 5] and np.allclose(pca['variance'], [6, 2/3]) and pca['samples'] == 4 and pca['explained'] == pytest.approx(1) and pca['solver'] == 'covariance_eigh'
+    assert fit_pca(x, 1)['explained'] == pytest.approx(.9)
+    assert np.allclose(np.abs(apply_pca(pca, x)), [[3, 0], [3, 0], [0, 1], [0, 1]], atol=1e-6)
+    assert np.allclose(np.abs(apply_pca(pca, x, whiten=True)), [[3/6**.5, 0]]*2 + [[0, 1.5**.5]]*2, atol=1e-6)
+    assert np.allclose(np.abs(apply_pca(pca, x, normalize=True)), [[1, 0], [1, 0], [0, 1], [0, 1]], atol=1e-6)
+    assert np.allclose(np.linalg.norm(apply_pca(pca, 5 + (x - 5)*1e-3, normalize=True), axis=1), 1, atol=1e-3) and (apply_pca(pca, [[5., 5]], normalize=True) == 0).all()
+    with pytest.raises(UserError, match='PCA learned on 2 numbers'): apply_pca(pca, np.zeros((1, 3)))
+    with pytest.raises(UserError, match='all 4 descriptors are equal'): fit_pca(np.ones((4, 2)), 1)
+    for n, d, dim in ((1, 3, 1), (4, 3, 4), (3, 4, 4), (4, 3, 0)):
+        with pytest.raises(UserError, match='needs at least'): fit_pca(np.random.default_rng(0).normal(size=(n, d)), dim)
+    assert fit_pca(x[[0, 2]], 1)['samples'] == 2
+
+def test_the_seed_of_the_components():
+    x = np.random.default_rng(0).normal(size=(600, 520)).astype(np.float32)
+    one, two, other = fit_pca(x, 3), fit_pca(x, 3, seed=0), fit_pca(x, 3, seed=1)
+    assert one['solver'] == 'randomized' and (one['components'] == two['components']).all() and (one['components'] != other['components']).any()
