@@ -1,10 +1,11 @@
 """The sizes of the workbench in a browser without a network: 50,000 places with 500,000 edges, 20,000 points on a map, a burst, all tabs of a run.
 
-    python bench/browser.py [--run RUN]          RUN: a run folder with attention maps whose workbench is opened; default a made-up one
+    python bench/browser.py [--run RUN] [--screens FOLDER]     RUN: a run folder with attention maps whose workbench is opened; default a made-up one
+                                                               FOLDER: pictures of every tab at 1440 × 900, light and dark, and light on a taller screen
 
 Prints seconds beside the bar of each; nothing is asserted. Needs what tests/test_browser.py needs: JupyterLab, playwright, chromium.
 """
-import subprocess, sys, tempfile, time
+import io, shutil, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT/'tests'), str(Path(__file__).parent)]
 from common import arguments, keep
-from test_browser import CHROMIUM, INK, Desk, lab, made_up, notebook, slide, sync_api
+from PIL import Image
+from test_browser import CHROMIUM, INK, SPOT, Desk, lab, made_up, notebook, slide, sync_api
 
 TABS = ('Graph', 'Cliques', 'Attention', 'Embedding', 'Retrieval', 'Training')
 DRAWN = "() => [...document.querySelectorAll('.sage-plot')].some(d => d.offsetParent && d.dataset.drawn)"
@@ -74,18 +76,25 @@ def map_time(browser, path):
     return took, drawn
 
 
-def desk_of(browser, url, run):
+def desk_of(browser, url):
     "A notebook with a workbench on a run, not yet run."
     d = Desk(browser, url)
     d.open('work.ipynb')
     return d
 
 
+def faults(d):
+    "What the browser complained of, and what was asked of the network; then the page is closed, before its server is."
+    found = [e for e in d.errors if 'favicon' not in e] + d.asked
+    d.context.close()
+    return found
+
+
 def large_in_browser(browser, run, folder):
     "Seconds of a step of the slider until it is painted, and of a burst of a hundred figures."
     notebook(folder/'work.ipynb', f'from sage.workbench import Workbench\nbench = Workbench({str(run.path)!r})\nbench')
     with lab(folder) as url:
-        d = desk_of(browser, url, run)
+        d = desk_of(browser, url)
         d.run_all()
         d.until(lambda: 'after 2 epochs' in d.title() and d.page.evaluate(INK) > 1000, 120)
         steps = []
@@ -103,26 +112,67 @@ for i in range(100): fig.layout.title.text = f'burst {i}'; bench.pages[0].graph.
         d.until(lambda: d.title() == 'burst 99', 120)
         burst = time.perf_counter() - start
         drawn = d.page.evaluate("() => +[...document.querySelectorAll('.sage-plot')].filter(d => d.offsetParent)[0].dataset.drawn")
-        return steps, burst, drawn, d.errors
+        return steps, burst, drawn, faults(d)
 
 
-def tabs_in_browser(browser, run, folder):
-    "Seconds from running the cell until each tab is painted, one after another."
-    notebook(folder/'work.ipynb', f'from sage.workbench import Workbench\nbench = Workbench({str(run.path)!r})\nbench')
+def tabs_in_browser(browser, run, folder, screens=None):
+    "Seconds from running the cell until each tab is painted, one after another; then from the end of an epoch until its graph is."
+    copy = folder/run.path.name
+    shutil.copytree(run.path, copy)
+    waiting = [copy/'epochs'/f'{e:04d}' for e in run.epochs()[-2:]]
+    for p in waiting: p.rename(folder/p.name)
+    notebook(folder/'work.ipynb', f'from sage.workbench import Workbench\nbench = Workbench({str(copy)!r})\nbench')
     with lab(folder) as url:
-        d, out = desk_of(browser, url, run), {}
+        d, out, live = desk_of(browser, url), {}, []
         start = time.perf_counter()
         d.run_all()
         for tab in TABS:
             if tab != 'Graph': d.tab(tab)
             d.until(lambda: d.page.evaluate(DRAWN), 120)
             out[tab] = time.perf_counter() - start
-        return out, len(d.heavy), d.errors
+        d.tab('Graph')
+        d.page.wait_for_timeout(1500)
+        for p in waiting:
+            (folder/p.name).rename(p)
+            start = time.perf_counter()
+            d.until(lambda: f'after {int(p.name)} epoch' in d.title() and d.page.evaluate(INK) > 200, 60)
+            live.append(time.perf_counter() - start)
+            d.page.wait_for_timeout(500)
+        if screens: take_screens(d, Path(screens))
+        return out, live, len(d.heavy), faults(d)
+
+
+def take_screens(d, folder):
+    "Every tab with a place and a query chosen, in both themes."
+    folder.mkdir(parents=True, exist_ok=True)
+    def keep_screen(name):
+        d.page.mouse.move(720, 892)                                                  # nothing hovered
+        d.page.wait_for_timeout(1200)
+        Image.open(io.BytesIO(d.page.screenshot())).convert('RGB').save(folder/f'{name}.webp', quality=80)
+    d.command('notebook:hide-cell-code')
+    d.page.wait_for_timeout(1000)
+    keep_screen('graph_whole_light')
+    d.page.mouse.click(*d.page.evaluate(SPOT, .4))
+    d.until(lambda: 'place' in d.title(1), 30)
+    d.tab('Retrieval')
+    d.until(lambda: d.title().startswith('Answers'), 60)
+    d.page.locator('.widget-dropdown:has-text("query") select').locator('visible=true').select_option(index=4)
+    for theme in ('light', 'dark', 'tall'):
+        d.theme(f'JupyterLab {"Dark" if theme == "dark" else "Light"}')
+        if theme == 'tall': d.page.set_viewport_size(dict(width=1440, height=2300))
+        for tab in TABS:
+            d.tab(tab)
+            if tab == 'Embedding': d.until(lambda: '(UMAP)' in d.title(), 120)
+            if tab == 'Attention': d.until(lambda: 'these two alike' in d.title(1), 60)
+            if tab == 'Cliques': d.page.frame_locator('iframe.sage-map').locator('.sage-star').first.wait_for(timeout=30_000)
+            d.page.wait_for_timeout(800)
+            keep_screen(f'{tab.lower()}_{theme}')
 
 
 def main():
     parser = arguments(__doc__)
     parser.add_argument('--run', metavar='RUN', help='run folder whose tabs are opened; default a made-up one')
+    parser.add_argument('--screens', metavar='FOLDER', help='pictures of every tab go there')
     args, rows = parser.parse_args(), []
     def say(what, seconds, bar, **more):
         rows.append(dict(what=what, seconds=round(seconds, 2), bar=bar, **more))
@@ -141,8 +191,9 @@ def main():
         say('a step of the slider at that size, the slowest of three', max(steps), 2, all=[round(s, 2) for s in steps])
         say('a burst of 100 figures at that size, until the last is seen', burst, 10, drawn=drawn, errors=errors)
         run = Run(args.run) if args.run else made_up(tmp/'small'/'run')
-        tabs, scripts, errors = tabs_in_browser(browser, run, tmp/'small')
+        tabs, live, scripts, errors = tabs_in_browser(browser, run, tmp/'small', args.screens)
         say('the workbench with all tabs, from running its cell', max(tabs.values()), 15, scripts=scripts, errors=errors, tabs={t: round(s, 2) for t, s in tabs.items()})
+        say('from the end of an epoch until its graph is painted', max(live), 2, all=[round(s, 2) for s in live])
         browser.close()
     keep('browser', args, rows, packages=('plotly', 'anywidget', 'ipywidgets', 'jupyterlab', 'folium'))
 

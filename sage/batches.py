@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'ROUND', 'ATTEMPTS', 'PATIENCE', 'LIMIT', 'Strategy', 'product_type', 'draw_places', 'Features',
-           'pick_members', 'Pass', 'CliqueBatches']
+           'pick_members', 'Pass', 'CliqueBatches', 'as_objects']
 
 # %% ../nbs/22_batches.ipynb #29d07aa6
 from typing import NamedTuple
@@ -107,9 +107,13 @@ def product_type(F, squares):
 
 def _products(F, a, b, seeds, dtype):
     "Inner products of the descriptors of `seeds` with rows a to b, [seeds, b - a]; F may be float16 or on disk."
-    load, step = lambda x: torch.from_numpy(np.array(x)).to(dtype), max(256, 2**22//F.shape[1])
+    out, step = np.empty((len(seeds), b - a), np.float32), max(256, 2**18//F.shape[1])      # pieces that a processor's cache holds
+    load = lambda x: torch.from_numpy(x if x.flags.writeable else np.array(x)).to(dtype)
     chosen = load(F[seeds])
-    return torch.cat([chosen @ load(F[c:min(c + step, b)]).T for c in range(a, b, step)], 1)
+    for c in range(a, b, step):
+        part = torch.nn.functional.linear(chosen, load(F[c:min(c + step, b)]))
+        out[:, c-a:c-a+part.shape[1]] = part.float().numpy()
+    return out
 
 def draw_places(
     geo:GeoSide,         # n places
@@ -128,7 +132,7 @@ def draw_places(
         a, b, mine = int(geo.city_start[c]), int(geo.city_start[c+1]), np.flatnonzero(city == c)
         F, lengths, scratch = as_bits(descriptors[a:b]), np.sqrt(squares[a:b]), np.empty(b - a)
         for row, products in zip(mine, _products(descriptors, a, b, seeds[mine], dtype)):
-            got = _draw_similar(products.float().numpy(), F, lengths, seeds[row] - a, slack, similar, states[row:row+1], out[row, 1:], scratch)
+            got = _draw_similar(products, F, lengths, seeds[row] - a, slack, similar, states[row:row+1], out[row, 1:], scratch)
             out[row, 1:1+got] += a
     return out
 
@@ -317,21 +321,28 @@ class CliqueBatches:
 def _member_table(features, geo, number, batch, rows, ptr):
     "One batch of `cliques_table`."
     P, k = batch.shape
-    value = np.full((P, k), np.nan)
+    value, among = np.full((P, k), np.nan), np.full((P, k, k), np.nan, np.float32)
     for s in range(P if features is not None else 0):
         mine = rows[ptr[s]:ptr[s+1]]
         F, which = features[mine]
         F = F.view(np.float16) if F.dtype == np.uint16 else F
         W, at = affinity(geo.xy[mine], F[which]), np.searchsorted(mine, batch[s])
         value[s] = [seed_scores(W)[at[0]]] + [W[at[t], at[:t]].mean() for t in range(1, k)]
+        among[s] = W[np.ix_(at, at)]
     flat = batch.ravel()
     return dict(batch=np.full(P*k, number), slot=np.repeat(np.arange(P), k), place=geo.places.place.to_numpy()[geo.codes[flat]], image=geo.table.image.to_numpy()[flat],
                 rank=np.tile(np.arange(k), P), mean_affinity=value.ravel(), city=geo.places.city.to_numpy(dtype=object)[geo.codes[flat]], node=geo.codes[flat], row=flat,
-                clique_size=np.repeat(np.diff(ptr[:P+1]), k))
+                clique_size=np.repeat(np.diff(ptr[:P+1]), k), affinities=as_objects(among.reshape(P*k, k)))
+
+def as_objects(rows):
+    "An array of arrays, for a column of lists."
+    out = np.empty(len(rows), dtype=object)
+    out[:] = list(rows)
+    return out
 
 @patch
 def cliques_table(self:CliqueBatches) -> pd.DataFrame:
-    "Members of the first `keep` batches since the last `iter()`: batch, slot, place, image, rank (0 = anchor), mean_affinity; and city, node (the place's number), row (of the table), clique_size."
+    "Members of the first `keep` batches since the last `iter()`: batch, slot, place, image, rank (0 = anchor), mean_affinity; and city, node (the place's number), row (of the table), clique_size, affinities (to the members in their order)."
     p = self._pass
     parts = [_member_table(p.features, self.geo, n, *kept) for n, kept in enumerate(p.kept)] if p else []
     parts = parts or [_member_table(None, self.geo, 0, np.zeros((0, 1), np.int64), np.zeros(0, np.int32), np.zeros(1, np.int64))]

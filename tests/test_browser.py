@@ -28,6 +28,7 @@ def lab(folder):
     "JupyterLab on a free port with settings of its own; yields its address."
     names = 'JUPYTER_CONFIG_DIR JUPYTERLAB_SETTINGS_DIR JUPYTERLAB_WORKSPACES_DIR JUPYTER_RUNTIME_DIR JUPYTER_DATA_DIR IPYTHONDIR'.split()
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'IN_TEST': '', 'PYTHONWARNINGS': 'ignore', **{n: str(folder/'jupyter'/n.lower()) for n in names}}
+    env.pop('MPLBACKEND', None)                                                         # figures belong into the page
     for n in names: Path(env[n]).mkdir(parents=True, exist_ok=True)
     (Path(env['JUPYTER_CONFIG_DIR'])/'labconfig').mkdir()
     (Path(env['JUPYTER_CONFIG_DIR'])/'labconfig'/'default_setting_overrides.json').write_text(json.dumps(QUIET))
@@ -154,6 +155,14 @@ def test_the_graph_is_drawn_once_and_not_blank(desk):
     desk.until(lambda: desk.page.evaluate(INK) > 500)
     assert colours(desk.page.locator('.sage-plot').locator('visible=true').first.screenshot()) > 50          # and seen: a blank picture has a handful
     assert desk.page.locator('.sage-plot').count() >= 6 and len(desk.heavy) == 1         # ten plots, and plotly's script came once
+
+def test_a_figure_is_saved_as_a_picture(desk):
+    from PIL import Image
+    plot = desk.page.locator('.sage-plot').locator('visible=true').first
+    plot.hover()
+    with desk.page.expect_download(timeout=30_000) as found: plot.locator('.modebar-btn[data-title*="PNG" i]').click()
+    picture = Image.open(found.value.path())
+    assert picture.format == 'PNG' and picture.width > 1000 and len(picture.convert('RGB').getcolors(10**7)) > 50
 
 def test_new_epochs_come_by_themselves_within_two_seconds(desk):
     took = []

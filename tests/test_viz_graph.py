@@ -14,7 +14,7 @@ from sage.core import UserError
 from sage.graph import affinity
 from sage.run import Run
 from sage.viz.clique import clique_growth_figure, growth, inner_mean, neighborhood, neighbourhood_figure
-from sage.viz.graph import STATES, bundled_edges, edges_for_view, fair_shares, graph_figure, graph_view, map_positions, node_card, score_range, show_view
+from sage.viz.graph import STATES, bundled_edges, edges_for_view, fair_shares, graph_figure, graph_view, lines_for, map_positions, node_card, score_range, show_view
 from sage.viz.style import CONFIG, MISSING, escape, palette, place_label, place_labels, template, thumbnail
 from sage.viz.toy import toy_run
 
@@ -142,7 +142,7 @@ def test_figure_of_a_run(run, tmp_path):
     for e, frame in zip(run.epochs(), fig.frames):
         edges, names = run.edges(e), [t.name for t in frame.data[:6:2]]
         assert names == [f'{s} {(edges.state == s).sum():,}' for s in STATES]
-        assert sum(np.isfinite(t.x).sum() for t in frame.data[:6]) == 2*len(edges)
+        assert sum(np.isfinite(t.x).sum() for t in frame.data[:6]) == 2*min(len(edges), lines_for(len(run.nodes(e))))
     assert len(graph_figure(run, -1).frames) == 0 and 'after 4' in graph_figure(run, -1).layout.title.text
     moving = graph_figure(run, positions={e: np.full((96, 2), float(e)) for e in run.epochs()})
     assert moving.frames[2].data[7].x[0] == 2

@@ -53,7 +53,7 @@ def test_only_the_open_tab_is_drawn(bench):
     assert [p.title for p in bench.pages] == [P.title for P in PAGES] == ['Graph', 'Cliques', 'Attention', 'Embedding', 'Retrieval', 'Training']
     bench.wait(90)
     assert bench.pages[0].graph.figure and not any(p.figure for page in bench.pages[1:] for p in page.plots)
-    assert opened(bench, 5).curves.figure and not bench.pages[1].map.value
+    assert opened(bench, 5).curves.figure and not bench.pages[1].map.page
 
 def test_one_selection_for_all(bench, run):
     cliques = run.cliques(3)
@@ -93,6 +93,67 @@ def test_a_query_is_chosen_everywhere(bench, run):
     page.wrong.value = True
     bench.wait(90)
     assert all('right' not in label for label, _ in page.query.options)
+
+@pytest.fixture(scope='module')
+def weighty(run, tmp_path_factory):
+    "The run with weights of its first and last epoch, and a record of two images."
+    import numpy as np
+    from sage.look import look
+    from sage.model import create_sage, save_sage
+    from sage.run import checkpoint_paths
+    path = tmp_path_factory.mktemp('weighty')/'run'
+    shutil.copytree(run.path, path)
+    it, model = Run(path), create_sage('sage_nano', probes=8, probe_dim=12, token_dim=16)
+    (path/'checkpoints').mkdir(exist_ok=True)
+    for e in (0, 3):
+        save_sage(model, checkpoint_paths(it, e)[0], config=dict(settings=dict(eval_size=112)))
+        rows = [int(it.answers(3)['Otherville'].queries[0]), 5]
+        np.savez(path/'epochs'/f'{e:04d}'/'attention.npz', **look(it, it.table('Otherville').image.iloc[rows].tolist(), e), rows=np.array(rows))
+    return it
+
+def test_attention_looks_at_what_is_chosen(weighty):
+    bench = Workbench(weighty, dark=False)
+    try:
+        page, a = opened(bench, 2), weighty.answers(3)['Otherville']
+        assert page.image.value == 0 and 'pair 0 query' in page.now.figure and [v for _, v in page.beside.options] == [1]
+        bench.state.set(image=('Otherville', int(a.queries[7])))                       # a query that no record holds
+        for p in page.plots: p.patience = 0                                             # no browser answers here
+        until(lambda: page.image.value == 'image' and 'these two alike' in page.match.title, bench, 60)
+        words, rows = zip(*page.beside.options)
+        assert rows[:5] == tuple(a.rows[7, :5]) and all(('✓' in w) == r for w, r in zip(words, a.right[7]))
+        page.beside.value = rows[1]
+        until(lambda: f'place {weighty.table("Otherville").place[rows[1]]}' in page.match.title, bench, 60)
+        bench.state.set(node=5)                                                         # and a place of the graph
+        until(lambda: page.image.value == 'node' and f'Toytown · place {weighty.nodes(3).place[5]}' in page.now.title, bench, 60)
+        bench.state.set(image=('Otherville', int(a.queries[0])))                        # one that was recorded
+        until(lambda: page.image.value == 0 and 'What makes pair 0 match' in page.match.title, bench, 60)
+        bench.state.set(image=('Otherville', int(a.queries[7])))
+        until(lambda: page.image.value == 'image', bench, 60)
+        weighty.checkpoints()[3].unlink()                                               # a run that was copied without its weights
+        bench.state.set(looked=-1)
+        until(lambda: [v for _, v in page.image.options] == [0, 1], bench, 60)
+    finally: bench.close()
+
+def test_a_click_on_the_map_chooses_and_the_choice_is_ringed(bench, run):
+    page, cliques = opened(bench, 1), run.cliques(3)
+    mine = cliques[(cliques.batch == page.batch.value)]
+    other = mine[mine.slot != page.slot.value].iloc[0]
+    page.map._handle_custom_msg(dict(kind='click', points=[int(other.node)]), [])
+    until(lambda: page.map.shown == dict(slot=int(other.slot), closer=False), bench)
+    assert bench.state.node == other.node and page.slot.value == other.slot
+    sent = page.map.page
+    page.closer.value = 'this clique'
+    until(lambda: page.map.shown['closer'], bench)
+    assert page.map.page is sent or page.map.page == sent                               # looking closer sends no new map
+
+def test_edges_are_chosen(bench, run):
+    page = opened(bench, 0)
+    drawn(page.graph)
+    page.which.value = 'new and broken ones'
+    bench.wait(90)
+    drawn(page.graph)
+    names = [t.name for t in page.figure[1].data[:6:2]]
+    assert names[0] == 'kept 0' and not names[1].endswith(' 0')
 
 def test_slider_and_newest(bench):
     bench.wait(90)

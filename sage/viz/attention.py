@@ -39,13 +39,14 @@ def attended(
     run,        # a `Run`
     epoch=None, # finished epochs; None: the last with attention; negative counts from there
     image=0,    # number of a recorded image
+    looked=None, # epoch → arrays of `sage.look.look`, in place of the record
 ) -> tuple:     # (epoch, arrays by name)
     "The attention arrays of an epoch. Raises `UserError` naming the epochs and images there are, or what is damaged."
-    have = attended_epochs(run)
+    have = attended_epochs(run) if looked is None else sorted(looked)
     if not have: raise UserError(f'{run.path}: no epoch has attention maps yet; wait for the first, or train with record_graph=True')
     e = have[-1] if epoch is None else have[epoch] if -len(have) <= epoch < 0 else epoch
     if e not in have: raise UserError(f'{run.path}: no attention maps of epoch {epoch}; there are those of {have}')
-    a = run.attention(e)
+    a = run.attention(e) if looked is None else looked[e]
     wrong = [n for n in NEEDED if n not in a] or (a['probes'].ndim != 3 or a['beta'].shape != (len(a['images']), int(np.prod(a['grid']))) or a['beta'].shape != a['probes'][:, 0].shape)
     if wrong: raise UserError(f'{run.path}: attention of epoch {e} is damaged ({"no " + ", ".join(wrong) if isinstance(wrong, list) else "its arrays do not fit its grid"}); copy the run again')
     _pick(image, len(a['images']), 'recorded image')
@@ -55,9 +56,11 @@ def attended(
 def recorded_images(
     run,        # a `Run`
     epoch=None, # see `attended`
+    looked=None,
 ) -> list:      # a line of plain text for each recorded image: 2i is a query, 2i + 1 its positive
     "What there is to look at."
-    a = attended(run, epoch)[1]
+    a = attended(run, epoch, looked=looked)[1]
+    if looked is not None: return [str(n) for n in a.get('names', [Path(p).stem[:60] for p in a['images']])]
     names = (run.config.get('validation') or [None])[:1]
     table = run.table(names[0]) if names[0] in (run.config.get('tables') or {}) else None
     return [f'pair {i//2} {("query", "positive")[i % 2]}: {_words(table, a["rows"][i] if "rows" in a else -1, str(path))}' for i, path in enumerate(a['images'])]
@@ -162,13 +165,14 @@ def attention_figure(
     probe=None,  # number of a probe; None: all of them together
     dark=None,   # see `template`
     height=640,  # pixels
+    looked=None, # epoch → arrays of `sage.look.look`, in place of the record
 ) -> go.Figure:
     "What Soft Probing makes of a photograph at two epochs. Always the same eleven traces. Raises `UserError` naming what there is."
-    first = next(iter(attended_epochs(run)), None)
-    (e0, a0), (e, a) = attended(run, first if before is None else before, image), attended(run, epoch, image)
+    first = next(iter(attended_epochs(run) if looked is None else sorted(looked)), None)
+    (e0, a0), (e, a) = attended(run, first if before is None else before, image, looked), attended(run, epoch, image, looked)
     if a0['probes'].shape != a['probes'].shape or a0['images'][image] != a['images'][image]: raise UserError(f'{run.path}: epochs {e0} and {e} recorded different images or probes; compare two epochs of one training')
     maps = [_probe_map(v, image, probe) for v in (a0, a)]
-    what, times = 'all probes together' if probe is None else f'probe {probe}', [epoch_words(v)[1:] for v in (e0, e)]
+    what, times = 'all probes' if probe is None else f'probe {probe}', [epoch_words(v)[1:] for v in (e0, e)]
     titles = ['', *(f'β {t}<br><sup>{_span(v["beta"][image])}</sup>' for t, v in zip(times, (a0, a))), '', *(f'{what} {t}<br><sup>up to {m.max():.3g}× an even look</sup>' for t, m in zip(times, maps)), '']
     fig = make_subplots(2, 4, specs=[[{'rowspan': 2}, {}, {}, {}], [None, {}, {}, {}]], column_widths=[.26, .2, .2, .28], horizontal_spacing=.03, vertical_spacing=.2, subplot_titles=titles)
     shown = picture(a['images'][image], a['grid'][1]/a['grid'][0])
@@ -177,7 +181,7 @@ def attention_figure(
     sides = list(zip(times, (a0, a), (BEFORE, AFTER)))
     _curves(fig, sides, image, 1, 4)
     _exponents(fig, sides, image, 2, 4)
-    return _finish(fig, recorded_images(run, e)[image], dark, height)
+    return _finish(fig, recorded_images(run, e, looked)[image], dark, height)
 
 def _probe_map(a, image, probe):
     "A probe's map, or the mean of all, in multiples of an even look [L]."
@@ -229,9 +233,10 @@ def probe_grid(
     epoch=None, # finished epochs; None: the last
     dark=None,  # see `template`
     height=640, # pixels
+    looked=None, # see `attention_figure`
 ) -> go.Figure:
     "Every probe's map as a tile, beside the photograph. One trace. Raises `UserError` naming what there is."
-    e, a = attended(run, epoch, image)
+    e, a = attended(run, epoch, image, looked)
     (h, w), share = (int(v) for v in a['grid']), even_share(a['probes'][image])
     K, (look, ticks) = len(share), _share_scale(h*w)
     shown, (z, which, corners) = picture(a['images'][image], w/h), tiles(share.reshape(K, h, w))
@@ -244,7 +249,7 @@ def probe_grid(
     for k, (r, c) in enumerate(corners): fig.add_annotation(x=c - .4, y=r - .4, xref='x2', yref='y2', text=str(k), showarrow=False, font=dict(size=10, color='white'), xanchor='left', yanchor='top', borderpad=0, bgcolor='rgba(0,0,0,.35)')
     sharp = share.max(1)
     note = f'sharpest: probe {sharp.argmax()}, up to {sharp.max():.3g}×; evenest: probe {sharp.argmin()}, up to {sharp.min():.3g}×'
-    return fig.update_layout(template=template(dark), height=height, margin=dict(l=20, t=80, b=20), title=f'{K} probes{epoch_words(e)}<br><sup>{escape(recorded_images(run, e)[image])} · {note}</sup>')
+    return fig.update_layout(template=template(dark), height=height, margin=dict(l=20, t=80, b=20), title=f'{K} probes{epoch_words(e)}<br><sup>{escape(recorded_images(run, e, looked)[image])} · {note}</sup>')
 
 def _solid(color): return 'rgb' + color[4:color.rindex(',')] + ')'
 
@@ -333,17 +338,19 @@ def match_figure(
     epoch=None, # finished epochs; None: the last
     dark=None,  # see `template`
     height=500, # pixels
+    looked=None, # see `attention_figure`
 ) -> go.Figure:
     "Which probes make a query and a database image match, and which patches of both. Always the same four traces. Raises `UserError` naming what there is."
-    e, a = attended(run, epoch)
+    e, a = attended(run, epoch, looked=looked)
     i = 2*_pick(pair, len(a['images'])//2, 'pair')
     match = match_of(run, a, i, i + 1)
     fig = make_subplots(1, 2, column_widths=[.65, .25], horizontal_spacing=.1)
     _pair_of_pictures(fig, a, i, match)
     _bars(fig, match.parts)
     say = f'cosine {match.parts.sum():.3f} = token {match.parts[0]:.3f} + probes {match.parts[1:].sum():.3f}' if np.isfinite(match.parts[0]) else 'parts unknown'
-    names = ' — '.join(n.partition(': ')[2] for n in recorded_images(run, e)[i:i + 2])
-    return fig.update_layout(template=template(dark), height=height, margin=dict(l=20, t=125), title=f'What makes pair {pair} match{epoch_words(e)}: {say}<br><sup>{escape(names)}</sup><br><sup>{match.note}</sup>')
+    names = ' — '.join(n.partition(': ')[2] or n for n in recorded_images(run, e, looked)[i:i + 2])
+    which = f'pair {pair} match' if looked is None else 'these two alike'
+    return fig.update_layout(template=template(dark), height=height, margin=dict(l=20, t=125), title=f'What makes {which}{epoch_words(e)}: {say}<br><sup>{escape(names)}</sup><br><sup>{match.note}</sup>')
 
 # %% ../../nbs/52_viz_attention.ipynb #792b4087
 def _pair_of_pictures(fig, a, i, match):

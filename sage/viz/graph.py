@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATES', 'map_positions', 'fair_shares', 'single_edges', 'bundled_edges', 'edges_for_view', 'View', 'line_arrays',
-           'graph_view', 'epoch_words', 'score_range', 'graph_layout', 'graph_figure', 'show_view', 'node_card',
-           'node_row']
+           'lines_for', 'graph_view', 'epoch_words', 'score_range', 'graph_layout', 'graph_figure', 'round_length',
+           'name_cities', 'show_view', 'node_card', 'node_row']
 
 # %% ../../nbs/50_viz_graph.ipynb #d754ac15
 from typing import NamedTuple
@@ -132,17 +132,24 @@ def _node_trace(nodes, labels, xy, keep, **marker):
     return dict(x=xy[keep, 0], y=xy[keep, 1], text=labels[keep], customdata=nodes.node.to_numpy(np.int32)[keep], marker=marker)
 
 # %% ../../nbs/50_viz_graph.ipynb #fe27527f
+def lines_for(
+    n:int, # nodes
+) -> int:  # lines
+    "How many lines a picture of n places bears: about two for each, 400 to 1500."
+    return int(np.clip(2.2*n, 400, 1500))
+
 def graph_view(
     nodes:pd.DataFrame, # of an epoch
     edges:pd.DataFrame,
     xy=None,            # positions [n, 2]; None: the map
     window=None,        # see `edges_for_view`
-    limit=1500,
+    limit=None,         # lines at most; None: `lines_for` so many nodes
     selection=None,
     epoch=None,         # for the title
 ) -> View:
     "Arrays of all traces of the graph figure: six of edges, two of nodes, one ring around the selection."
     xy = map_positions(nodes) if xy is None else np.asarray(xy, np.float32)
+    limit = lines_for(len(nodes)) if limit is None else limit
     if xy.shape != (len(nodes), 2): raise UserError(f'positions have shape {list(xy.shape)}; expected one for each of the {len(nodes)} nodes [{len(nodes)}, 2]')
     lines, counts = edges_for_view(xy, edges, window, limit, selection), edges.state.value_counts()
     traces = [dict(line_arrays(lines[(lines.state == s) & (lines.thick == thick)]), name=f'{s} {counts.get(s, 0):,}') for s in STATES for thick in (False, True)]
@@ -155,8 +162,9 @@ def graph_view(
 def _title(epoch, nodes, n_edges, lines, selection):
     "A line on what is shown, and a smaller one on what is drawn of it."
     bundled, drawn = (lines['count'] > 1).any(), lines['count'].sum()
-    what = 'edges of the selection' if selection is not None else 'edges' if drawn == n_edges else f'of {n_edges:,} edges'
-    drawn = f'{drawn:,} {what} drawn' + (f' as {len(lines):,} bundles; look closer to see single ones' if bundled else '')
+    few = selection is None and drawn < n_edges
+    what = 'edges of the selection' if selection is not None else f'of {n_edges:,} edges' if few else 'edges'
+    drawn = f'{drawn:,} {what} drawn' + (f' as {len(lines):,} bundles; look closer to see single ones' if bundled else ', the strongest of each kind; look closer to see more' if few else '')
     return f'Geo-visual graph{epoch_words(epoch)} · {len(nodes):,} places<br><sup>{drawn}; thick: {"many in one" if bundled else "higher affinity"}</sup>'
 
 def epoch_words(
@@ -175,7 +183,7 @@ def _frame_of(
     few = size > 4
     for i, trace in enumerate(view.traces[:6]):
         look = list(STATES.values())[i//2]
-        style = dict(mode='lines', line=dict(look, width=(.9, 2)[i % 2]), opacity=(.5, .75, .85, 1, .85, 1)[i], hoverinfo='skip', legendgroup=str(i//2), showlegend=bool(i % 2))
+        style = dict(mode='lines', line=dict(look, width=(.9, 1.9)[i % 2]), opacity=(.45, .7, .75, .95, .75, .95)[i], hoverinfo='skip', legendgroup=str(i//2), showlegend=bool(i % 2))
         out.append(go.Scattergl(**trace, **style))
     for trace, name in zip(view.traces[6:8], ('nobody within 25 m', 'place')):
         hover = '%{text}<br>' + ('seed score %{marker.color:.1f} m' if name == 'place' else name) + '<extra></extra>'
@@ -229,7 +237,7 @@ def graph_figure(
     epochs=None,      # which; None: all that are complete, one number: no slider
     positions=None,   # None: the map; else a layout [n, 2], or a dict epoch → [n, 2] by which points move
     window=None,      # (x0, x1, y0, y1) to look at
-    limit=1500,       # lines drawn at most
+    limit=None,       # lines drawn at most, see `graph_view`
     selection=None,   # node numbers: ringed, and only their edges drawn
     dark=None,        # see `template`
     height=680,       # pixels
@@ -244,18 +252,36 @@ def graph_figure(
     last = views[epochs[-1]]
     fig = go.Figure(_frame_of(last, score_range(tables.values())), graph_layout(np.concatenate(list(xy.values())), positions is None, window, dark, height))
     fig.update_layout(title=last.title)
-    if positions is None: _name_cities(fig, tables[epochs[-1]], xy[epochs[-1]])
+    if positions is None: name_cities(fig, tables[epochs[-1]], xy[epochs[-1]])
     if len(epochs) > 1:
         fig.frames = [go.Frame(name=str(e), data=[dict(t, type='scattergl') for t in v.traces], traces=list(range(9)), layout=dict(title=dict(text=v.title))) for e, v in views.items()]
         fig.update_layout(_player([str(e) for e in epochs]))
     return fig
 
 # %% ../../nbs/50_viz_graph.ipynb #075c1c90
-def _name_cities(fig, nodes, xy):
-    "A name over each city, where there are several."
+def round_length(
+    span, # metres
+) -> int:
+    "1, 2 or 5 times a power of ten, about a sixth of the span."
+    ten = 10**np.floor(np.log10(max(span/6, 1)))
+    return int(ten*max(f for f in (1, 2, 5) if f*ten <= max(span/6, 1)))
+
+def name_cities(
+    fig,   # changed
+    nodes:pd.DataFrame, # or images: with column `city`
+    xy,    # their `map_positions` [n, 2]
+):
+    "Where several cities stand side by side: a name over each, and a scale in place of axes, which could be true for one of them only."
     codes, cities = pd.factorize(nodes.city)
-    for c, city in enumerate(cities if len(cities) > 1 else []):
-        fig.add_annotation(x=float(xy[codes == c, 0].mean()), y=float(xy[codes == c, 1].max()), text=escape(city), yshift=14, showarrow=False)
+    if len(cities) < 2: return
+    for c, city in enumerate(cities): fig.add_annotation(x=float(xy[codes == c, 0].mean()), y=float(xy[codes == c, 1].max()), text=f'<b>{escape(city)}</b>', yshift=16, showarrow=False)
+    (x0, x1), (y0, _), length = _ends(xy[:, 0]), _ends(xy[:, 1]), round_length(float(np.ptp(xy[:, 0])))
+    y = y0 - .04*(x1 - x0)
+    fig.add_shape(type='line', x0=x0, x1=x0 + length, y0=y, y1=y, line=dict(color=COLORS['grey'], width=3))
+    fig.add_annotation(x=x0 + length, y=y, text=f'{length:,} m; north is up', xanchor='left', xshift=8, showarrow=False)
+    fig.update_xaxes(showticklabels=False, showgrid=False, ticks='', zeroline=False, title='')
+    fig.update_yaxes(showticklabels=False, showgrid=False, ticks='', zeroline=False, title='')
+    if fig.layout.yaxis.range: fig.update_yaxes(range=[min(fig.layout.yaxis.range[0], y - .02*(x1 - x0)), fig.layout.yaxis.range[1]])
 
 # %% ../../nbs/50_viz_graph.ipynb #1dee89b6
 def show_view(
