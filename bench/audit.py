@@ -1,25 +1,29 @@
-"""How much of a recall is the order of the lists? A model with InteractHead is trained on the world; then queries and database are laid out as in SPED, AmsterTime
-or Nordland, where query i and database i show one place, and recall is measured as published (sorted, in batches), with both sides shuffled, by batch size, and with the head off.
+"""How much of a recall is the order of the lists? Models with InteractHead are trained on the world, one for each training seed; then queries and database are laid out as in SPED,
+AmsterTime or Nordland, where query i and database i show one place, and recall is measured as published (sorted, in batches), with both sides shuffled, by batch size, and with the head off.
 
-    python bench/audit.py [epochs] [seed] [folder]
+    python bench/audit.py [--seeds 5] [--epochs 3] [--data FOLDER] [--figure FILE]
 
-Writes audit.csv, audit.md and audit.png into the folder (default runs/audit). One thread, some minutes: most of them training.
+FOLDER is a real evaluation set beside the world's two (default: `corridor` in $SAGE_SHARED/data or ../shared/data, where that is there). Some minutes for each training seed.
 """
-import json, platform, sys, tempfile, time
+import json, os, tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
+from matplotlib.figure import Figure
+from scipy.stats import t as student
 
-from sage.benchmark import audit_descriptors, audit_table, describe_table, plot_audit
-from sage.core import atomic, stream
+from sage.benchmark import audit_descriptors, describe_table
+from sage.core import atomic
 from sage.retrieval import positives_within
 from sage.settings import Settings, make_model
-from sage.sources import WORLD, world
+from sage.sources import WORLD, evaluation_sets, world
 from sage.train import fit
 
-BATCH, SIZES, SHUFFLES, SIDE = 8, (1, 2, 8, 26), 5, 112
+from common import arguments, keep
+
+BATCH, SIZES, SHUFFLES, SIDE, RESULTS = 8, (1, 2, 8, 26), 5, 112, Path(__file__).parent/'results'/'audit.json'
+CORRIDOR = Path(os.environ.get('SAGE_SHARED', Path(__file__).parents[2]/'shared'))/'data'/'corridor'
 
 
 def aligned(df):
@@ -36,36 +40,76 @@ def aligned(df):
     return d, q, positives_within(q, d, 25.)
 
 
-def mean(measured, setting): return measured[measured.setting == setting]['R@1'].mean()
+def sets(data):
+    "Name → (database, queries, positives): query i and database i show one place."
+    found = {name: aligned(df) for name, df in world()['val'].items()}
+    return found | {p.title: e[:3] for p, e in evaluation_sets([str(data)], progress=False)} if data.is_dir() else found
 
 
-def effect(measured):
-    "In points of R@1: what order gives, and what is left of the head without it."
-    rows = [dict(batch=b, sorted=mean(measured, f'sorted, batches of {b}'), shuffled=mean(measured, f'shuffled, batches of {b}')) for b in SIZES if b > 1]
-    return pd.DataFrame(rows).assign(shared_position=lambda t: t.sorted - t.shuffled)
-
-
-def main():
-    torch.set_num_threads(1)
-    epochs, seed = (int(sys.argv[i]) if len(sys.argv) > i else default for i, default in ((1, 3), (2, 0)))
-    out, towns, start = Path(sys.argv[3] if len(sys.argv) > 3 else 'runs/audit'), world(), time.perf_counter()
+def trained(seed, epochs, towns):
+    "A model with InteractHead, trained on the world."
     settings = Settings(**WORLD | dict(interact=True, epochs=epochs, seed=seed, lr=3e-4, record_graph=False))
     model = make_model(settings)
     with tempfile.TemporaryDirectory() as folder: fit(settings, model, towns['train'], towns['val'], Path(folder)/'run', progress=False)
-    print(f'trained {epochs} epochs of {settings.steps} steps with the head, seed {seed}: {time.perf_counter() - start:.0f} s')
-    parts, tables = [], []
-    for name, df in towns['val'].items():
-        d, q, positives = aligned(df)
+    return model
+
+
+def measure(model, seed, asked):
+    "One row for each set and setting."
+    rows = []
+    for name, (d, q, positives) in asked.items():
         own = [describe_table(model, t, SIDE, 64) for t in (d, q)]
-        measured = audit_descriptors(model, *own, positives, BATCH, SIZES, SHUFFLES, ks=(1, 5)).assign(set=name, training_seed=seed)
-        line = f'{name}: {len(d)} database, {len(q)} queries, query i and database i show one place; batches of {BATCH}, training seed {seed}, shuffles 0 to {SHUFFLES - 1}'
-        tables.append(f'{line}\n\n{audit_table(measured).to_string(index=False)}\n\n{effect(measured).round(1).to_string(index=False)}\n')
-        print(tables[-1])
-        with atomic(out/f'audit {name}.png') as part: plot_audit(measured, f"{name}, training seed {seed}: query i and database i show one place").savefig(part)
-        parts.append(measured)
-    with atomic(out/'audit.csv') as part: pd.concat(parts).to_csv(part, index=False)
-    with atomic(out/'audit.md') as part: part.write_text('\n'.join(f'```\n{t}```\n' for t in tables))
-    print(json.dumps(dict(bench='audit', epochs=epochs, seed=seed, seconds=round(time.perf_counter() - start), python=platform.python_version())))
+        rows.append(audit_descriptors(model, *own, positives, BATCH, SIZES, SHUFFLES, ks=(1, 5)).assign(set=name, images=len(d), training_seed=seed))
+    return pd.concat(rows).round(2).to_dict('records')
+
+
+def interval(x):
+    "Mean and half the width of its 95 % interval (Student)."
+    return f'{x.mean():.1f} ± {student.ppf(.975, len(x) - 1) * x.std(ddof=1) / len(x) ** .5:.1f}' if len(x) > 1 else f'{x.mean():.1f}'
+
+
+def table(rows):
+    "R@1 of each set by batch size: sorted, shuffled, what the shared position gives; mean over training seeds, each shuffle's mean first."
+    r = pd.DataFrame(rows); out = []
+    for name, one in r.groupby('set', sort=False):
+        by = one.groupby(['setting', 'training_seed'])['R@1'].mean()
+        for b in SIZES:
+            s, m = by[f'sorted, batches of {b}'], by.get(f'shuffled, batches of {b}')
+            out.append(dict(set=f'{name} ({one.images.iloc[0]} + {one.images.iloc[0]} images)', batch=b, off=interval(by['head off']), sorted=interval(s)) | (dict(shuffled=interval(m), gain=interval(s - m), left=interval(m - by['head off'])) if b > 1 else dict(left=interval(s - by['head off']))))
+    return pd.DataFrame(out).fillna('')
+
+
+def figure(rows):
+    "R@1 above that with the head off, of every training and shuffle."
+    r = pd.DataFrame(rows); names = list(dict.fromkeys(r.set))
+    r['above'] = r['R@1'] - r.merge(r[r.setting == 'head off'], on=['set', 'training_seed'])['R@1_y'].to_numpy()
+    r = r[r.setting.str.contains('batches')]; settings = list(dict.fromkeys(r.setting))
+    fig = Figure(figsize=(3.2 * len(names) + 1, 2.9), dpi=110, layout='constrained')
+    for ax, name in zip(fig.subplots(1, len(names), sharey=True, squeeze=False)[0], names):
+        one = r[r.set == name]
+        ax.scatter(one.above, [settings.index(s) + .12 * (seed - 2) for s, seed in zip(one.setting, one.training_seed)], c=['#c44e52' if o == 'sorted' else '#2b6ca3' for o in one.order], s=12, alpha=.8)
+        ax.axvline(0, color='#555555', lw=.8, ls=':'); ax.set_yticks(range(len(settings)), settings, fontsize=8); ax.grid(alpha=.3); ax.set_title(name, fontsize=9); ax.set_xlabel('points of R@1 above head off', fontsize=8)
+    ax.invert_yaxis()
+    return fig
+
+
+def main():
+    parser = arguments(__doc__)
+    parser.add_argument('--seeds', type=int, default=5, help='trainings')
+    parser.add_argument('--epochs', type=int, default=3)
+    parser.add_argument('--data', type=Path, default=CORRIDOR, help='a real set whose query i and database i show one place')
+    parser.add_argument('--figure', type=Path, help='PNG to write')
+    parser.add_argument('--go-on', action='store_true', help='keep the seeds that --out holds already')
+    args = parser.parse_args()
+    out, towns, asked = args.out or RESULTS, world(), sets(args.data)
+    rows = json.loads(out.read_text())['rows'] if args.go_on and out.exists() else []
+    for seed in range(args.seed, args.seed + args.seeds):
+        if seed in {r['training_seed'] for r in rows}: continue
+        rows += measure(trained(seed, args.epochs, towns), seed, asked)
+        keep('audit', args, rows, ('numpy', 'torch', 'faiss-cpu'))
+    print(table(rows).to_string(index=False))
+    if args.figure:
+        with atomic(args.figure) as part: figure(rows).savefig(part)
 
 
 if __name__ == '__main__': main()

@@ -1,6 +1,6 @@
 """Describing, rebuilding the graph, loading: what each costs against the named alternative, run by turns in one process.
 
-    python bench/embedding.py [--backbone NAME] [--images 4] [--turns 3] [--only describe,rebuild,loader]
+    python bench/embedding.py [--backbone NAME] [--images 8] [--turns 3] [--only describe,rebuild,loader]
 
 describe  against the published way: the whole forward in float32, attention step by step, no gradient
 rebuild   embedding of images on the disk: from pixels, and from kept tokens (sage.prefix) of the frozen blocks
@@ -8,7 +8,7 @@ loader    JPEG files of 640 x 480: decoded, distorted and batched by one process
 
 Weights are random, LayerScale is set to 1 (as made it is 1e-5, and the blocks would hardly count): times do not depend on them, and rounding has something to work on.
 """
-import tempfile, time
+import argparse, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ def by_turns(ways, turns):
 
 
 def describe(args):
-    "Rows for 224² and 322²."
+    "Rows for 224² and 322². bfloat16 only where the processor has instructions for it, or --bf16 asks for it."
     model, rows = model_for(args.backbone), []
     for side in args.sides:
         images = torch.stack([eval_transform(side)(Image.open(p)) for p in args.photos.image[:args.images]])
@@ -66,12 +66,12 @@ def describe(args):
                 model.backbone.fuse(fused)
                 with autocast('cpu', precision): return model.describe(images)
             return run
-        ways = {'published: float32, attention in steps': way(False, '32-true'), 'float32, fused attention': way(True, '32-true'), 'bfloat16, fused attention': way(True, 'bf16-mixed')}
+        ways = {'published: float32, attention in steps': way(False, '32-true'), 'float32, fused attention': way(True, '32-true')} | ({'bfloat16, fused attention': way(True, 'bf16-mixed')} if args.bf16 else {})
         seconds, cpu = by_turns(ways, args.turns)
         exact = (out := [f() for f in ways.values()])[0]
         between = (exact @ exact.T)[~torch.eye(len(exact), dtype=bool)]
         for (name, t), d in zip(seconds.items(), out):
-            rows.append(dict(what='describe', side=side, way=name, images_per_s=len(images) / t, ratio=seconds[next(iter(ways))] / t, ratio_cpu=cpu[next(iter(ways))] / cpu[name], least_cosine=(d * exact).sum(1).min().item(), cosine_between_images=between.max().item()))
+            rows.append(dict(what='describe', side=side, images=len(images), way=name, images_per_s=len(images) / t, ratio=seconds[next(iter(ways))] / t, ratio_cpu=cpu[next(iter(ways))] / cpu[name], least_cosine=(d * exact).sum(1).min().item(), cosine_between_images=between.max().item()))
             print('describe {side}²  {way:<40} {ratio:5.2f}× (CPU time {ratio_cpu:.2f}×)  least cosine {least_cosine:.5f} (different images {cosine_between_images:.5f})'.format(**rows[-1]), flush=True)
     return rows
 
@@ -79,7 +79,7 @@ def describe(args):
 def rebuild(args):
     "One image of every place, from pixels and from kept tokens."
     model, rows = model_for(args.backbone), []
-    for precision in ('32-true', 'bf16-mixed'):
+    for precision in ('32-true', 'bf16-mixed')[:1 + args.bf16]:
         with tempfile.TemporaryDirectory() as folder:
             plain = lambda: Views(args.photos, eval_transform(args.sides[0]))
             kept = lambda: Views(args.photos, eval_transform(args.sides[0]), kept=PrefixCache(folder, model.backbone, 10).at(args.sides[0], precision))
@@ -119,10 +119,11 @@ def loader(args):
 if __name__ == '__main__':
     parser = arguments(__doc__)
     parser.add_argument('--backbone', default='vit_base_patch14_dinov2.lvd142m')
-    parser.add_argument('--images', type=int, default=4, help='a batch')
+    parser.add_argument('--images', type=int, default=8, help='a batch')
     parser.add_argument('--turns', type=int, default=3)
     parser.add_argument('--sides', type=int, nargs='+', default=[224, 322])
     parser.add_argument('--only', default='describe,rebuild,loader')
+    parser.add_argument('--bf16', action=argparse.BooleanOptionalAction, default=torch.cpu._is_avx512_bf16_supported(), help='measure bfloat16, too (default: where the processor has it)')
     args = parser.parse_args()
     print({**machine(), 'torch_threads': torch.get_num_threads()})
     with tempfile.TemporaryDirectory() as folder:

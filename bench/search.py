@@ -4,7 +4,7 @@
     python bench/search.py --rows 50000           # 50,000 × 8448: 5 GB of memory
     python bench/search.py --rows 1000000 --dim 512
 
-Recall, milliseconds a query, and memory: held between questions, and at most while answering. Each in a process of its own, answering by turns with the flat index. Database and queries are made: places on
+Recall, milliseconds a query, and memory: held between questions, and at most while answering. Each in a process of its own, answering all 1,000 queries by turns with the flat index (the quickest turn counts). Database and queries are made: places on
 streets in 400 hidden dimensions, three images of each place with noise of their own.
 """
 import tempfile
@@ -14,11 +14,13 @@ import numpy as np
 
 from common import Worker, arguments, keep, memory
 
-QUERIES, K, TURNS, HIDDEN = 1000, 20, 2, 400
+QUERIES, K, HIDDEN = 1000, 20, 400
 
 
 def make(folder, rows, dim, seed):
-    "Database float16 [rows, dim], queries float32, and the place of each, on disk."
+    "Database float16 [rows, dim], queries float32, and the place of each, on disk, once."
+    if (folder/'places.npz').exists(): return
+    folder.mkdir(parents=True, exist_ok=True)
     r = np.random.default_rng([seed, rows, dim])
     places = rows//3
     spread = r.standard_normal((HIDDEN, dim), dtype=np.float32)
@@ -37,6 +39,7 @@ class Flat:
     def __init__(self, folder, seed):
         import faiss, sage.retrieval, sage.stream
         self.folder, self.seed, self.queries = folder, seed, np.load(folder/'queries.npy')
+        for kind in (np.float32, np.float16): one = np.zeros((1, 1), kind); sage.retrieval.search(one, one, 1)      # compiled
         self.start = memory(reset=True)
         self.build()
         self.held = memory(reset=True) - self.start
@@ -54,7 +57,7 @@ class Flat:
 
     def find(self, q): return self.index.search(q, K)[1]
 
-    def answer(self, a, b): return self.find(self.queries[a:b])
+    def answer(self): return self.find(self.queries)
 
     def used(self): return self.held, memory() - self.start
 
@@ -105,16 +108,16 @@ METHODS = {'faiss flat': Flat, 'exact': Exact, 'float16 in pieces': Half, 'PCA-5
 
 def recall(found, places, k): return float((places['database'][found[:, :k]] == places['queries'][:, None]).any(1).mean()*100)
 
-def compare(folder, rows, dim, seed):
-    places, cuts = np.load(folder/'places.npz'), np.linspace(0, QUERIES, TURNS + 1).astype(int)
-    turns, out = list(zip(cuts[:-1], cuts[1:])), []
-    flat = Worker(Flat, folder, seed); truth = np.concatenate([flat('answer', *t)[0] for t in turns])
+def compare(folder, rows, dim, seed, turns):
+    places, out = np.load(folder/'places.npz'), []
+    flat = Worker(Flat, folder, seed); truth = flat('answer')[0]
     for name, make_one in METHODS.items():
-        worker, found, seconds = (flat if make_one is Flat else Worker(make_one, folder, seed)), [], np.zeros(2)
-        for t in turns:
-            seconds[0] += flat('answer', *t)[1]
-            answer, wall, _ = worker('answer', *t); found.append(answer); seconds[1] += wall
-        found, (held, peak), ms = np.concatenate(found), worker('used')[0], seconds/QUERIES*1e3
+        if make_one is Pca and dim <= 512: continue
+        worker, seconds = (flat if make_one is Flat else Worker(make_one, folder, seed)), np.full(2, np.inf)
+        for _ in range(turns):
+            theirs, (found, mine, _) = flat('answer')[1], worker('answer')
+            seconds = np.minimum(seconds, (theirs, mine))
+        (held, peak), ms = worker('used')[0], seconds/QUERIES*1e3
         out.append(dict(rows=rows, dim=dim, method=name, ms_a_query=ms[1], flat_ms_a_query=ms[0], ratio=ms[0]/ms[1], held_mb=held, peak_mb=peak, same_first_as_flat=float((found[:, 0] == truth[:, 0]).mean()*100), **{f'recall_at_{k}': recall(found, places, k) for k in (1, 5, 10)}))
         r = out[-1]
         print(f'{rows:,} × {dim} {name:18s} {r["ms_a_query"]:7.2f} ms a query, {r["ratio"]:5.2f}× as fast as the flat index | held {held:7,.0f} MB, at most {peak:7,.0f} MB | R@1/5/10 {r["recall_at_1"]:.1f}/{r["recall_at_5"]:.1f}/{r["recall_at_10"]:.1f}, first as flat {r["same_first_as_flat"]:.1f} %', flush=True)
@@ -127,10 +130,14 @@ def main():
     parser = arguments(__doc__)
     parser.add_argument('--rows', type=int, default=10_000)
     parser.add_argument('--dim', type=int, default=8448)
+    parser.add_argument('--turns', type=int, default=3)
+    parser.add_argument('--data', type=Path, help='folder that keeps the input between runs (default: a temporary one)')
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder), args.rows, args.dim, args.seed)
-        keep('search', args, compare(Path(folder), args.rows, args.dim, args.seed), ('numpy', 'faiss-cpu', 'scikit-learn'))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(args.data or temporary)/f'{args.rows}x{args.dim}'
+        make(folder, args.rows, args.dim, args.seed)
+        rows = compare(folder, args.rows, args.dim, args.seed, args.turns)
+    keep('search', args, rows, ('numpy', 'faiss-cpu', 'scikit-learn'))
 
 
 if __name__ == '__main__': main()

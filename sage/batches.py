@@ -107,9 +107,13 @@ def product_type(F, squares):
 
 def _products(F, a, b, seeds, dtype):
     "Inner products of the descriptors of `seeds` with rows a to b, [seeds, b - a]; F may be float16 or on disk."
-    load, step = lambda x: torch.from_numpy(np.array(x)).to(dtype), max(256, 2**22//F.shape[1])
+    out, step = np.empty((len(seeds), b - a), np.float32), max(256, 2**18//F.shape[1])      # pieces that a processor's cache holds
+    load = lambda x: torch.from_numpy(x if x.flags.writeable else np.array(x)).to(dtype)
     chosen = load(F[seeds])
-    return torch.cat([chosen @ load(F[c:min(c + step, b)]).T for c in range(a, b, step)], 1)
+    for c in range(a, b, step):
+        part = torch.nn.functional.linear(chosen, load(F[c:min(c + step, b)]))
+        out[:, c-a:c-a+part.shape[1]] = part.float().numpy()
+    return out
 
 def draw_places(
     geo:GeoSide,         # n places
@@ -128,7 +132,7 @@ def draw_places(
         a, b, mine = int(geo.city_start[c]), int(geo.city_start[c+1]), np.flatnonzero(city == c)
         F, lengths, scratch = as_bits(descriptors[a:b]), np.sqrt(squares[a:b]), np.empty(b - a)
         for row, products in zip(mine, _products(descriptors, a, b, seeds[mine], dtype)):
-            got = _draw_similar(products.float().numpy(), F, lengths, seeds[row] - a, slack, similar, states[row:row+1], out[row, 1:], scratch)
+            got = _draw_similar(products, F, lengths, seeds[row] - a, slack, similar, states[row:row+1], out[row, 1:], scratch)
             out[row, 1:1+got] += a
     return out
 

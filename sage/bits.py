@@ -81,7 +81,8 @@ def grow(v, mine, adjacent, after, before, min_size, limit, cliques, used):
     "Append the maximal cliques with lowest member `v` to `cliques` from place `used`, each as its size and its members. Returns (cliques, used, whether all were found)."
     W, d, depth, found, steps = len(after), 1, 0, 0, 0
     for w in range(W): d += bit_count(after[w])
-    P, X, todo, R = np.empty((d, W), np.uint64), np.empty((d, W), np.uint64), np.empty((d, W), np.uint64), np.empty(d, np.int32)
+    scratch, R = np.empty((3, d, W), np.uint64), np.empty(d, np.int32)
+    P, X, todo = scratch[0], scratch[1], scratch[2]
     for w in range(W): P[0, w], X[0, w] = after[w], before[w]
     _to_try(adjacent, P[0], X[0], todo[0])
     while depth >= 0:

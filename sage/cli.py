@@ -18,7 +18,6 @@ from .core import UserError, atomic, data_root, peak_memory, pick_device, pick_p
 from .formats import FORMATS
 from .run import Run
 from .ranks import first, joined, launch, tables_from_first, told
-from .stream import parse_memory
 from .protocols import SOURCE, Protocol
 from .viz.report import write_report
 from .benchmark import audit, audit_table, evaluate, plot_audit, raw_baselines
@@ -32,7 +31,7 @@ from .cli_export import sage_export, sage_pca
 from .cli_data import sage_data
 from .cli_report import sage_report
 from .cli_photos import sage_describe, sage_where
-from .command import Parser, add_settings, can_hold, command, count, eval_side, free_folder, max_bad_flag, metres, model_of, new_run, said, settings_from, size, write_csv
+from .command import Parser, add_settings, can_hold, command, count, eval_side, free_folder, max_bad_flag, memory, metres, model_of, new_run, said, settings_from, size, whole, write_csv
 
 # %% ../nbs/70_cli.ipynb #f5438400
 def train_parser():
@@ -130,18 +129,18 @@ def eval_parser():
     p.add_argument('--data', action='append', default=[], metavar='PATH|world', help='an evaluation set of your own: database and queries with @ names, or ref and query')
     p.add_argument('--benchmark', action='append', default=[], metavar='NAME,NAME', help='benchmarks by name, below --data-root')
     p.add_argument('--data-root', metavar='FOLDER', help='folder that holds the benchmarks; default $SAGE_DATA')
-    p.add_argument('--frames', type=int, choices=range(100_000), metavar='N', help='a positive lies within ± N frames, where names carry no coordinates (default 2)')
+    p.add_argument('--frames', type=whole(0), metavar='N', help='a positive lies within ± N frames, where names carry no coordinates (default 2)')
     p.add_argument('--radius', type=metres, default=25., metavar='METRES', help='a positive lies within so many metres, where they do')
     p.add_argument('--size', type=size, metavar='SIDE|HxW', help="image size; default the checkpoint's evaluation size, else 322")
     p.add_argument('--batch-size', type=count, metavar='N', help='images at a time; with --head the published one for the set unless given')
-    p.add_argument('--memory', type=parse_memory, metavar='2GB', help='search the database in pieces within so much memory')
+    p.add_argument('--memory', type=memory, metavar='2GB', help='search the database in pieces within so much memory')
     p.add_argument('--search-costs', action='store_true', help='also what float16 and IVF-PQ save and cost')
     p.add_argument('--head', action='store_true', help='run InteractHead across the images of a batch: descriptors then depend on batch and order')
     p.add_argument('--order', choices=('sorted', 'shuffled'), default='sorted', help='order in which images are batched')
     p.add_argument('--seed', type=int, default=0, help='of the shuffle')
     p.add_argument('--audit', action='store_true', help='measure what batch size and order do to a model with InteractHead')
     p.add_argument('--baselines', action='store_true', help='also the frozen backbone: mean-pooled and class token')
-    p.add_argument('--workers', type=int, default=0, choices=range(257), metavar='N', help='processes that decode')
+    p.add_argument('--workers', type=whole(0, 256), default=0, metavar='N', help='processes that decode')
     p.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1')
     p.add_argument('--precision', default='auto', help='auto, 32, bf16, 16')
     p.add_argument('--out', metavar='FOLDER', help='also write results.csv, and the audit table and figure, here')
@@ -161,6 +160,7 @@ def sage_eval(argv):
     else:
         model, name, side = packaged_model(); trained = dict(eval_size=side)
         print(f'no --checkpoint and no --backbone: {name}', file=sys.stderr)
+    if args.audit and model.interact is None: raise UserError('this model has no InteractHead: there is nothing to audit')
     device = pick_device(args.device)
     model.to(device).eval()
     how = dict(size=args.size or eval_side(trained, args.backbone), progress=not args.quiet, workers=args.workers)

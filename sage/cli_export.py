@@ -20,7 +20,7 @@ from .retrieval import fit_pca
 from .benchmark import describe_table
 from .sources import load_checkpoint, training_tables
 from .export import answers, both_sides, check_dims, described, flatten, geojson, on_globe, pca_images, recorded, recorded_answers, run_of, write_geojson, write_hub, write_onnx, write_parquet
-from .command import Parser, command, count, eval_side, said, size
+from .command import Parser, command, count, eval_side, said, size, whole
 
 # %% ../nbs/68_cli_export.ipynb #28085600
 def pca_parser():
@@ -35,7 +35,7 @@ def pca_parser():
     p.add_argument('--images', type=count, default=20_000, metavar='N', help='learn from at most so many images')
     p.add_argument('--size', type=size, metavar='SIDE|HxW', help="image size; default the checkpoint's evaluation size")
     p.add_argument('--batch-size', type=count, default=32, metavar='N', help='images at a time')
-    p.add_argument('--workers', type=int, default=0, choices=range(257), metavar='N', help='processes that decode')
+    p.add_argument('--workers', type=whole(0, 256), default=0, metavar='N', help='processes that decode')
     p.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1')
     p.add_argument('--precision', default='auto', help='auto, 32, bf16, 16')
     p.add_argument('--seed', type=int, default=0, help='of the draw of images and of the solver')
@@ -57,7 +57,7 @@ def training_images(
     args, # of `sage_pca`
 ) -> pd.DataFrame: # table of places
     "The images to learn from: --data, or the training tables of the checkpoint's run."
-    if args.data: return training_tables([args.data], [args.format])['mined']
+    if args.data: return training_tables([args.data], [args.format], progress=not args.quiet)['mined']
     run = run_of(args.checkpoint)
     names = [n for n in ('mined', 'labelled') if run and n in run.config.get('tables', {})]
     if not names: raise UserError(f'{args.checkpoint} belongs to no run that remembers its training images: give them with --data')

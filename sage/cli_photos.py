@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from .core import UserError, atomic, existing, one_line, pick_device, pick_precision
 from .images import check_size, load_image
-from .photos import find_photo_csv, inside, list_images, numbers, photo_label, read_csv
+from .photos import find_photo_csv, inside, list_images, numbers, photo_label, read_csv, unread_csvs
 from .ranks import launch, told
 from .sources import not_too_many
 from .where import PhotoMap, ask, describe_files, ground_metres, in_map, in_space, model_hash, own_rows, packaged_model, threshold, update_map
@@ -199,7 +199,7 @@ def sage_where(argv):
     model, name, side = answering(args)
     note(f'answering: {name}, at {side[0]}x{side[1]} pixels')
     m = update_map(args.map, model, side, name, args.csv, args.index, args.rebuild, args.batch_size, not args.quiet, args.radius)
-    for line in about_map(m): note(line)
+    for line in [*(unread_csvs(m.root) if m.about['exif'] else ()), *about_map(m)]: note(line)
     not_too_many([(i, f'{m.root/i}: {why}') for i, why in m.left_out if 'GPS position' not in why], len(m.files), args.max_bad, m.root)
     asked = ask_photos(m, model, args.photos, args.top, args.batch_size)
     if args.page: write_page(args.page, where_page(m, asked, name)); note(f'written: {args.page}')
@@ -392,6 +392,7 @@ def sage_describe(argv):
     if out.suffix not in ('.npy', '.parquet'): raise UserError(f'{args.out}: descriptors are written as .npy or .parquet; choose one of these names')
     parts = args.parts or (10_000 if several else None)
     if out.is_dir() and not parts: raise UserError(f'{args.out}: a folder is in the way; choose another name, or --parts to go on with parts that lie there')
+    if out.suffix == '.npy' and not parts and out.with_suffix('.csv').exists() and not out.exists(): raise UserError(f"{out.with_suffix('.csv')} is there already, and would be overwritten by the names of the images; choose another name for {args.out}")
     if out.suffix == '.npy' and str(out.with_suffix('.csv')) in [str(Path(s).expanduser().absolute()) for s in args.images]: raise UserError(f"{out.with_suffix('.csv')} would be overwritten by the names of the images; choose another name for {args.out}")
     df = image_list(args.images)
     if several and me['size'] == 1:
@@ -409,7 +410,7 @@ def describe_here(args, df, out, parts):
     how = dict(batch_size=args.batch_size, progress=None if args.quiet else 'describing', max_bad=args.max_bad, precision=pick_precision(args.precision, next(model.parameters()).device))
     try:
         if parts: return describe_parts(out, model, df, side, parts, **how)
-        said_of(df, None, describe_to(out, model, df, side, **how), out, model.dim)
+        said_of(df, None, describe_to(out, model, df, side, **how), f"{out} and {out.with_suffix('.csv').name}" if out.suffix == '.npy' else out, model.dim)
     except OSError as e:
         if isinstance(e, UserError): raise
         raise UserError(f'{out}: cannot be written ({e.strerror}); choose another folder') from None

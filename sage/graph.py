@@ -159,7 +159,9 @@ def squared_lengths(F):
     "Of rows [N, D], float32 or the bits of float16, summed in float64 [N]."
     out, size = np.zeros(len(F)), F.itemsize
     for i in range(len(F)):
-        for j in range(F.shape[1]): out[i] += np.float64(number(F[i, j], size))**2
+        total = 0.
+        for j in range(F.shape[1]): total += np.float64(number(F[i, j], size))**2
+        out[i] = total
     return out
 
 def as_bits(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'image_names', 'list_images', 'locate_images', 'read_csv', 'numbers', 'whole_numbers',
-           'check_unique', 'image_errors', 'open_image', 'photo_label', 'inside', 'find_photo_csv', 'read_photos']
+           'check_unique', 'image_errors', 'open_image', 'photo_label', 'inside', 'find_photo_csv', 'unread_csvs',
+           'read_photos']
 
 # %% ../nbs/03_photos.ipynb #5af460f8
 import os, re, struct, warnings
@@ -221,7 +222,7 @@ def _csv_places(df, csv):
     "The column `place`: numbers as they are, names numbered in their order."
     text = df['place'].str.strip()
     blank = (text == '').to_numpy()
-    if blank.any(): raise UserError(f'{csv}: row {int(blank.argmax())} has no place; fill it in, or remove the column to make places from positions')
+    if blank.any(): raise UserError(f'{csv}: row {df.index[blank.argmax()]} has no place; fill it in, or remove the column to make places from positions')
     return text.astype('int64') if text.str.fullmatch(r'-?\d{1,18}').all() else pd.factorize(text, sort=True)[0]
 
 def _zones(df, csv):
@@ -233,28 +234,42 @@ def _zones(df, csv):
     return zone
 
 def _read_photo_csv(root, csv):
-    "Table of the photographs that a csv names."
+    "Table of the photographs that a csv names, whether it names places, and a list of (path, reason) of those without a position."
     df = read_csv(csv, 'path')
     if not len(df): raise UserError(f'{csv} has no rows; expected one for each photograph')
     image = inside(root, df['path'].str.strip().tolist(), csv)
     check_unique(image, 'image', csv)
     degrees, metres = {'lat', 'lon'} <= {*df}, {'easting', 'northing'} <= {*df}
     if not degrees and not metres: raise UserError(f"{csv} has neither the columns 'lat' and 'lon' nor 'easting' and 'northing'; one of the two pairs is needed")
-    first, second = (numbers(df, c, csv) for c in (('lat', 'lon') if degrees else ('easting', 'northing')))
+    pair = ['lat', 'lon'] if degrees else ['easting', 'northing']
+    blank = (df[pair].apply(lambda c: c.str.strip()) == '').all(axis=1).to_numpy()
+    left_out, df, image = [(p, f'{p}: no position in {csv.name}') for p, b in zip(image, blank) if b], df[~blank], [p for p, b in zip(image, blank) if not b]
+    if not len(df): raise UserError(f'{csv}: none of its {len(left_out):,} rows has a position; fill in {pair[0]} and {pair[1]}')
+    first, second = (numbers(df, c, csv) for c in pair)
     if degrees: check_latlon(first, second, csv)
     where = _metres(first, second, root.name) if degrees else dict(easting=first, northing=second, zone=_zones(df, csv), city=root.name)
     more = {c: df[c].str.strip() if c == 'time' else numbers(df, c, csv, needed=False) % 360 % 360 for c in ('heading', 'time') if c in df}
-    return fill_table(image=image, place=_csv_places(df, csv) if 'place' in df else 0, **where, **more), 'place' in df
+    return fill_table(image=image, place=_csv_places(df, csv) if 'place' in df else 0, **where, **more), 'place' in df, left_out
 
 # %% ../nbs/03_photos.ipynb #e256bf5c
+def _csvs(root): return [p for p in sorted(root.glob('*.csv')) if not p.name.startswith('.') and p.is_file()]
+
+def _header(path): # names of its columns
+    return [c.strip(' "\r\n') for c in path.open('rb').readline(10_000).decode('utf-8-sig', 'replace').split(',')]
+
 def find_photo_csv(
     root:Path, # folder of photographs
 ): # its path, or None
     "The csv in `root` that has a column `path`, or None. Raises `UserError` where there are several."
-    header = lambda p: [c.strip(' "\r\n') for c in p.open('rb').readline().decode('utf-8-sig', 'replace').split(',')]
-    found = [p for p in sorted(root.glob('*.csv')) if not p.name.startswith('.') and 'path' in header(p)]
+    found = [p for p in _csvs(root) if 'path' in _header(p)]
     if len(found) > 1: raise UserError(f'{root} holds several csv files of photographs ({", ".join(p.name for p in found[:3])}); say which to read')
     return found[0] if found else None
+
+def unread_csvs(
+    root:Path, # folder of photographs
+) -> list: # sentences
+    "Each csv in `root` that names no photographs, and what its first line says instead."
+    return [f'{p.name} is not read: it has no column path, its first line is {", ".join(_header(p))[:60]!r}; expected path, lat, lon with commas between' for p in _csvs(root) if 'path' not in _header(p)]
 
 def read_photos(
     root:str|Path, # folder of photographs, in any depth
@@ -266,7 +281,7 @@ def read_photos(
     "Photographs with GPS in EXIF, or with a csv, as a table of places. One without a position is left out and listed. Raises `UserError` where none is left."
     root, left_out, placed = existing(root), [], False
     csv = existing(csv, 'file') if csv else find_photo_csv(root)
-    if csv: df, placed = _read_photo_csv(root, csv)
+    if csv: df, placed, left_out = _read_photo_csv(root, csv)
     else: df, left_out = _read_exif(root, known)
     check_table(df, csv or root)
     for _, rows in df.groupby('city').indices.items():

@@ -20,7 +20,7 @@ from scipy.spatial import cKDTree
 from .core import MissingPath, UserError, existing
 from .geo import to_latlon, to_utm
 from .places import place_rows
-from .photos import find_photo_csv, list_images, read_csv, read_photos
+from .photos import find_photo_csv, list_images, read_csv, read_photos, unread_csvs
 from .formats import MSLS_CITIES, detect_format, msls_split, read_gsv, read_msls, read_utm, utm_fields
 from .protocols import PROTOCOLS, count_note, folder_protocol, get_protocol, load_benchmark
 
@@ -295,6 +295,9 @@ def _fill(report, root, kind):
     report.counts = count_table(df)
     report.warnings += oddities(df, kind in ('gsv', 'msls') or kind == 'photos' and csv is not None and 'place' in read_csv(csv))
     report.serves += _trains(df)
+    if kind == 'photos':
+        report.serves.append(f'a map: sage_where PHOTO --map …, {len(df):,} photographs with a position')
+        report.warnings += [] if csv else unread_csvs(root)
 
 # %% ../nbs/58_preflight.ipynb #ee293bc8
 def _own_set(root):
@@ -309,6 +312,10 @@ def _layout(root, served):
     try: kind = detect_format(root)
     except UserError: return ''
     return '' if kind == 'photos' and (served or _own_set(root)) else kind
+
+def _nothing(root): # why a folder is good for nothing
+    try: return f'{root} holds images of which none is known by its layout' if detect_format(root) else ''
+    except UserError as e: return str(e)
 
 def check(
     path:str|Path,             # a data set, or a folder of benchmarks
@@ -326,5 +333,6 @@ def check(
     report.missing += [why for _, why in bad]
     report.sources += [source_of(p.family) for p, _ in bad]
     if not good and not benchmark and kind != 'root': report.serves += (own := _own_set(root)); report.layout = report.layout or 'folders' * bool(own)
+    if not (report.serves or report.warnings or report.missing): report.missing.append(_nothing(root))
     for part in (report.missing, report.sources, report.warnings): part[:] = dict.fromkeys(part)
     return report

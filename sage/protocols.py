@@ -109,16 +109,20 @@ _LIST = (
 PROTOCOLS = {p.name: p for p in _LIST}
 
 # %% ../nbs/41_protocols.ipynb #f3f5c138
-_ALIASES = {'nordland*': 'nordland_subset', 'nordland**': 'nordland', 'msls': 'msls_val', 'pitts30k_test': 'pitts30k', 'pitts250k_test': 'pitts250k', 'tokyo24/7': 'tokyo247'}
+_ALIASES = {'nordland*': 'nordland_subset', 'nordland**': 'nordland', 'msls': 'msls_val', 'msls740': 'msls_val'}
+
+def _plain(name): # letters, digits and stars
+    return re.sub(r'[^a-z0-9*]+', '', name.lower())
 
 def get_protocol(
     name:str, # e.g. 'pitts30k', 'MSLS-val', 'Nordland*'
 )->Protocol: # the rule of that benchmark
-    "Look a benchmark up by any of its usual spellings; `UserError` lists the known ones."
-    key = re.sub(r'[\s-]+', '_', name.strip().lower())
-    key = _ALIASES.get(key, key)
-    if key not in PROTOCOLS: raise UserError(f"no benchmark is called '{name}'; known are: {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[key]
+    "Look a benchmark up by its name, its title, or another usual spelling; `UserError` lists those that begin so, or all."
+    key = _plain(name)
+    known = {_plain(p.title): p.name for p in _LIST} | {_plain(p.name): p.name for p in _LIST} | _ALIASES
+    if key in known: return PROTOCOLS[known[key]]
+    near = [p.name for p in _LIST if key and _plain(p.name).startswith(key)]
+    raise UserError(f"no benchmark is called '{name}'; " + (f'those that begin so are: {", ".join(near)}' if near else f'known are: {", ".join(PROTOCOLS)}'))
 
 def protocol_table(
 )->pd.DataFrame: # one row for each benchmark

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ONLINE', 'FIRST', 'FREE', 'KNOWN', 'save_checkpoint', 'drop_old_states', 'load_weights', 'read_weights', 'Supply',
-           'check_sources', 'fingerprint', 'EpochGraph', 'samplers', 'facing', 'attention_of', 'flat', 'epoch_line',
-           'parts_of', 'again', 'config_of', 'open_run', 'last_whole', 'quiet_lightning', 'stop_on_signals',
-           'make_trainer', 'own_device', 'plain_error', 'fit']
+           'check_sources', 'fingerprint', 'EpochGraph', 'samplers', 'beside', 'facing', 'attention_of', 'flat',
+           'epoch_line', 'parts_of', 'again', 'config_of', 'open_run', 'last_whole', 'quiet_lightning',
+           'stop_on_signals', 'make_trainer', 'own_device', 'plain_error', 'fit']
 
 # %% ../nbs/43_train.ipynb #53799d31
 import hashlib, json, logging, re, signal, sys, threading, time, warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import islice
@@ -204,14 +205,19 @@ def draw(self:EpochGraph, epoch, found): # the coming epoch's batches, [steps, P
         return [np.array([(x, tick(1))[0] for x in islice(b, s.steps)]) for b in self.supply.batches]
 
 @patch
-def mine(self:EpochGraph, epoch): # draws the coming epoch's batches; returns (found, seconds by part)
+def look(self:EpochGraph, epoch): # what mining needs to see: (found, seconds by part)
     s, began = self.settings, time.perf_counter()
     wanted = s.strategy in ONLINE or (not epoch and (s.record_graph or s.strategy in FIRST))
     found = self.embed_places(epoch) if wanted else (None, None, None)
-    embedded = time.perf_counter()
-    drawn = self.draw(epoch, found) if first() else [None] * len(self.supply.batches)
-    self.steps.fill(epoch + 1, [array_from_first(b) for b in drawn])
-    return found, dict(embed_s=embedded - began, draw_s=time.perf_counter() - embedded)
+    return found, dict(embed_s=time.perf_counter() - began)
+
+@contextmanager
+def beside(
+    work, # a function; `Stopped` where it is asked to
+):        # yields a function that waits for its answer: (answer, seconds it took)
+    "A thread does `work` while the body runs; at the end it is waited for."
+    def timed(): began = time.perf_counter(); return work(), time.perf_counter() - began
+    with ThreadPoolExecutor(1, 'beside') as worker: yield worker.submit(timed).result
 
 # %% ../nbs/43_train.ipynb #8a29cce5
 def facing(
@@ -273,17 +279,20 @@ def measure(self:EpochGraph, validation): # (recall, `Answers`) of the model as 
 
 @patch
 def record(self:EpochGraph, epoch, trained): # everything that is done at a number of finished epochs; `trained`: means over the last one
-    found, seconds = self.mine(epoch)
-    if from_first(epoch in set(self.run.metrics().epoch)): return
-    row, began, answers = dict(kind='epoch', epoch=epoch, **trained), time.perf_counter(), {}
-    for v in self.supply.validations:
-        recall, answers[v.name] = self.measure(v)
-        row |= {f'{v.name}/recall@{k}': p for k, p in recall.items()}
-    if not first(): return
-    measured = time.perf_counter()
+    found, seconds = self.look(epoch)
+    row, began, answers, logged = dict(kind='epoch', epoch=epoch, **trained), time.perf_counter(), {}, from_first(epoch in set(self.run.metrics().epoch))
+    with beside(lambda: self.draw(epoch, found) if first() else [None] * len(self.supply.batches)) as drawn:      # while the device measures
+        for v in [] if logged else self.supply.validations:
+            recall, answers[v.name] = self.measure(v)
+            row |= {f'{v.name}/recall@{k}': p for k, p in recall.items()}
+        measured = time.perf_counter()
+        batches, seconds['draw_s'] = drawn()
+    self.steps.fill(epoch + 1, [array_from_first(b) for b in batches])
+    if logged or not first(): return
+    joined_at = time.perf_counter()
     if self.settings.record_graph: row |= self.graph_record(epoch, found, answers)
     row |= {f'mining_{k}': v for k, v in flat(self.supply.batches[0].record()).items()}
-    self.run.log(**row, **seconds, recall_s=measured - began, graph_s=time.perf_counter() - measured)
+    self.run.log(**row, **seconds, recall_s=measured - began, graph_s=time.perf_counter() - joined_at)
     if self.progress: print(epoch_line(row, self.settings.epochs, seconds))
 
 # %% ../nbs/43_train.ipynb #d65e8316

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENOUGH', 'FORMAT', 'GridModel', 'packaged_model', 'model_hash', 'describe_files', 'latlon', 'in_space',
            'ground_metres', 'distinct_places', 'calibrate', 'confidence', 'threshold', 'PhotoMap', 'read_map',
-           'write_map', 'list_map', 'update_map', 'own_rows', 'ask', 'in_map']
+           'write_map', 'by_exif', 'list_map', 'update_map', 'own_rows', 'ask', 'in_map']
 
 # %% ../nbs/46_where.ipynb #6903f45c
 import hashlib, json, os, re, time, uuid
@@ -27,7 +27,7 @@ from .feed import autocast, bar
 from .geo import to_latlon
 from .images import check_size, eval_transform, load_image
 from .model import create_sage, evaluating
-from .photos import read_photos
+from .photos import find_photo_csv, read_photos
 
 # %% ../nbs/46_where.ipynb #bc8ef417
 class GridModel(nn.Module):
@@ -292,16 +292,35 @@ def _stat(path):
     s = os.stat(path)
     return path, s.st_size, s.st_mtime_ns
 
+def _labels(known, old):
+    "Positions, or reasons why there are none, that were read in EXIF before; of files that are as they were."
+    if not known or not old.about.get('exif'): return {}
+    rows = zip(known, old.files.itertuples())
+    return {path: dict(lat=f.lat, lon=f.lon, heading=f.heading, time=f.time) if np.isfinite(f.lat) else f'{path}: {f.reason}' for (path, *stat), f in rows if os.path.exists(path) and _stat(path) == (path, *stat)}
+
+def _carry(files, old):
+    "What was found when files were opened before: hashes, and reasons why pixels cannot be used. A file that has a position only now is a new one."
+    seen = (files.row >= 0) & (files.reason == '')
+    had = np.zeros(len(files), bool); had[seen] = np.isfinite(old.files.easting.to_numpy()[files.row[seen]])
+    files.loc[seen & ~had, 'row'] = -1
+    files.loc[had, 'reason'] = old.files.reason.to_numpy()[files.row[had]]
+    files.loc[files.row >= 0, 'sha'] = old.files.sha.to_numpy()[files.row[files.row >= 0]]
+
+def by_exif(
+    root:Path, # folder of photographs
+    csv=None,  # see `read_photos`
+) -> bool:
+    "Whether positions are read in the photographs themselves."
+    return not (csv or find_photo_csv(root))
+
 def list_map(
     root:Path,         # folder of photographs
     csv=None,          # see `read_photos`
     old:PhotoMap=None, # what is known of it
 ) -> pd.DataFrame:     # columns as in `PhotoMap.files`, and `row`: the row of `old.files` it had, -1 for a new one
     "Every photograph of a folder with its position. Raises `UserError` where none has one."
-    known, labels = _known(old), {}
-    for (path, *stat), f in zip(known, old.files.itertuples() if known else ()):
-        if os.path.exists(path) and _stat(path) == (path, *stat): labels[path] = f'{path}: {f.reason}' if f.reason else dict(lat=f.lat, lon=f.lon, heading=f.heading, time=f.time)
-    df = read_photos(root, csv, known=labels)
+    known = _known(old)
+    df = read_photos(root, csv, known=_labels(known, old))
     out = pd.DataFrame([(p, reason.removeprefix(f'{p}: ')) for p, reason in df.attrs['left_out']], columns=['image', 'reason'])
     df.attrs = {}
     df[['lat', 'lon']] = latlon(df)
@@ -309,8 +328,7 @@ def list_map(
     keys = [_stat(p) for p in files.image]
     row = np.array([known.get((f'{root}/{_relative(p, str(root))}', *k), -1) for p, *k in keys], int)
     files = files.assign(bytes=[k[1] for k in keys], changed=[k[2] for k in keys], sha='', row=row, image=[_relative(p, str(root)) for p in files.image])
-    for column in ('sha', 'reason'):                                  # what was found when the file was opened
-        if old is not None: files.loc[row >= 0, column] = old.files[column].to_numpy()[row[row >= 0]]
+    if old is not None: _carry(files, old)
     return files[[*_FILE_COLUMNS, 'row']].sort_values(['row', 'image'], key=lambda c: c.where(c >= 0, len(known)) if c.name == 'row' else c, ignore_index=True)
 
 # %% ../nbs/46_where.ipynb #c1f24b6c
@@ -367,14 +385,14 @@ def update_map(
     old = None if rebuild or not (folder/'index.json').is_file() else read_map(root, folder)
     if old is not None: _refuse(old, model, name, size, root)
     files = list_map(root, csv, old)
-    if old is not None and old.about['radius'] == radius and _same(files, old.files): return old
+    if old is not None and (old.about['radius'], old.about.get('exif')) == (radius, by_exif(root, csv)) and _same(files, old.files): return old
     _writable(folder)
     index = _kept(files, old) if old is not None else faiss.IndexFlatL2(model.dim)
     found = _describe_new(index, model, files, root, size=size, batch_size=batch_size, progress=f'describing {root.name}' if progress else None)
     stopped, files = len(found) < len(files), found
     if stopped and not index.ntotal: raise KeyboardInterrupt
     if not index.ntotal: raise UserError(f'{root}: none of the {len(files):,} photographs can be used ({files.image[0]}: {files.reason[0]})')
-    about = dict(format=FORMAT, model=model_hash(model), name=name, size=list(size), dim=model.dim, root=str(root), radius=radius)
+    about = dict(format=FORMAT, model=model_hash(model), name=name, size=list(size), dim=model.dim, root=str(root), radius=radius, exif=by_exif(root, csv))
     m = PhotoMap(root, folder, about, files.drop(columns='row'), index)
     about['calibration'] = calibrate(m.xyz, index.reconstruct_n, m.photos.sha.to_numpy(), radius)
     m = write_map(m)

@@ -53,6 +53,24 @@ def run(name, *argv, capsys):
     return code, *capsys.readouterr()
 
 
+# ---- csv files beside photographs
+
+def test_a_csv_that_is_not_read_is_named(t, capsys):
+    (t/'town'/'places.csv').write_text('Path;Latitude\n00.png;55,7\n')
+    code, out, err = run('where', '--map', t/'town', '--size', 56, capsys=capsys)
+    assert code == 0 and 'places.csv is not read: it has no column path' in out and '31 photographs' in out
+
+
+def test_names_do_not_overwrite_a_csv_of_yours(t, capsys):
+    (t/'d.csv').write_text('mine')
+    code, out, err = run('describe', t/'new.png', '-o', t/'d.npy', '--size', 56, capsys=capsys)
+    assert code == 2 and 'd.csv is there already' in err and (t/'d.csv').read_text() == 'mine' and not (t/'d.npy').exists()
+    (t/'d.csv').unlink()
+    for _ in range(2):
+        code, out, err = run('describe', t/'new.png', '-o', t/'d.npy', '--size', 56, capsys=capsys)
+        assert code == 0 and 'd.npy and d.csv: 1 descriptors' in out
+
+
 # ---- good input
 
 def test_where_in_words(ready, capsys):

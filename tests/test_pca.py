@@ -178,7 +178,7 @@ def test_command_on_data_and_on_a_run(world, tmp_path, capsys):
     for extra in (['--data', world/'gsv'], []):
         out = tmp_path/f'short{len(extra)}.safetensors'
         code, said, err = run('--checkpoint', world/'run', '--dims', 6, '-o', out, '--quiet', *extra, capsys=capsys)
-        assert code == 0, err
+        assert code == 0 and not err, err
         assert '24 of 24 training images' in said and '140 → 6' in said
         model, head = load_sage(out), read_header(out)
         assert model.dim == 6 and head['config']['settings']['eval_size'] == 56 and head['pca']['samples'] == 24

@@ -78,6 +78,21 @@ def test_warnings_with_counts_and_examples(tmp_path, capsys):
     assert text(tmp_path/'gsv', capsys=capsys)[0] == 0                                     # warnings, but it serves
 
 
+def test_own_photographs_serve_a_map(tmp_path, capsys):
+    cards(tmp_path/'walk', 'p'); (tmp_path/'walk'/'where.csv').write_text('path,lat,lon\n' + ''.join(f'p_{i}.jpg,47.{i + 10},9\n' for i in range(24)) + 'p_24.jpg,,\n')
+    code, out = text(tmp_path/'walk', capsys=capsys)
+    assert code == 0 and 'a map: sage_where PHOTO --map …, 24 photographs with a position' in out and '1 photographs have no position and are left out' in out
+    (tmp_path/'walk'/'where.csv').write_text('Path;Latitude;Longitude\np_1.jpg;47,1;9\n')
+    code, out = text(tmp_path/'walk', capsys=capsys)
+    assert code == 2 and 'can be placed' in out
+
+
+def test_nothing_served_says_why(tmp_path, capsys):
+    (tmp_path/'empty').mkdir(); (tmp_path/'empty'/'places.csv').write_text('1,2,3\n')
+    code, out = text(tmp_path/'empty', capsys=capsys)
+    assert code == 2 and out.splitlines()[-1].startswith('sage_data: ') and 'holds neither Dataframes/' in out.splitlines()[-1]
+
+
 def test_swapped_and_mixed_zones_in_names(tmp_path):
     t = cards(tmp_path/'a', 'x', split='test')
     write_utm(t, tmp_path/'x'); side = tmp_path/'x'/'images'/'test'/'database'

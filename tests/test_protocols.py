@@ -197,7 +197,19 @@ def test_bad_trees_are_one_sentence(spoil, says, tmp_path):
     assert says in str(e.value) and '\n' not in str(e.value)
 
 
+@pytest.mark.parametrize('spelling, name', [('Tokyo 24/7', 'tokyo247'), ('tokyo_24_7', 'tokyo247'), ('Pitts30k', 'pitts30k'), ('Pitts250k-test', 'pitts250k'), ('MSLS', 'msls_val'), ('Msls_740', 'msls_val'), ('Nordland**', 'nordland'),
+    ('nordland *', 'nordland_subset'), ('SVOX-night', 'svox_night'), ('SF_XL_v1', 'sf_xl_v1'), ('st lucia', 'st_lucia'), ('GardensPoint day_left/night_right', 'gardenspoint_day_left_night_right')])
+def test_usual_spellings(spelling, name): assert get_protocol(spelling).name == name
+
+
+def test_every_title_is_a_name():
+    assert [get_protocol(p.title) for p in PROTOCOLS.values()] == list(PROTOCOLS.values())
+
+
 def test_unknown_names():
+    with pytest.raises(UserError, match='begin so are: sf_xl_v1, sf_xl_v2, sf_xl_night, sf_xl_occlusion'): get_protocol('SF-XL')
+    with pytest.raises(UserError, match='begin so are: gardenspoint_day_left_day_right'): get_protocol('GardensPoint')
+    with pytest.raises(UserError, match='known are: pitts30k'): get_protocol('')
     with pytest.raises(UserError, match='no benchmark is called'): get_protocol('imagenet')
     with pytest.raises(MissingPath): load_benchmark('sped', '/nowhere/at/all')
     with pytest.raises(MissingPath): folder_protocol('/nowhere/at/all')

@@ -1,5 +1,5 @@
 "Several processes train as one: same loss, same gradients, same batches; one run folder; failures and signals end all of them."
-import json, os, signal, subprocess, sys, time
+import json, os, signal, socket, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file
@@ -87,6 +87,28 @@ def test_two_devices_train_as_one(data, tmp_path):
         a, b = (load_file(checkpoint_paths(r, 2)[0]) for r in (one, run))
         for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-2, atol=1e-3)
     assert {p.name for p in others[0].path.iterdir()} == {p.name for p in one.path.iterdir()}
+
+def machines(data, folder, *more):
+    "The command on two machines (both are this one): a process each, that find one another by three variables."
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = str(s.getsockname()[1])
+    where = lambda i: {**os.environ, 'OMP_NUM_THREADS': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'NODE_RANK': str(i)}
+    running = [subprocess.Popen(command(data, folder, '--num-nodes', '2', *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=where(i)) for i in range(2)]
+    return [(p.communicate(timeout=300), p.returncode) for p in running]
+
+def torchrun(data, folder, *more):
+    "The same under torchrun."
+    how = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', *command(data, folder, '--devices', '2', *more)[1:]]
+    done = subprocess.run(how, capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    return [((done.stdout, done.stderr), done.returncode)]
+
+@pytest.mark.parametrize('start', (machines, torchrun))
+def test_two_machines_and_torchrun(data, tmp_path, start):
+    "However two processes are started: the first step's loss is that of one, and one run folder is written."
+    for (_, err), code in start(data, tmp_path/'two', '--epochs', '1'): assert code == 0 and 'Traceback' not in err, err
+    assert sage_train(data, tmp_path/'one', '--chunk', '6', '--epochs', '1').returncode == 0
+    one, two = (Run(tmp_path/n) for n in ('one', 'two'))
+    np.testing.assert_allclose(one.metrics('step').loss[:1], two.metrics('step').loss[:1], rtol=1e-5)
+    assert (one.cliques(0).row == two.cliques(0).row).all() and two.resumable() == one.resumable()
 
 def test_mistakes_are_told_once(data, tmp_path):
     for more, says in ((('--devices', '3'), 'give a multiple of 3'), (('--devices', '2', '--places-per-batch', '40'), 'places of a batch could be filled'), (('--devices', '2', '--num-nodes', '2'), 'MASTER_ADDR'),

@@ -85,3 +85,22 @@ def test_recall_with_positives_by_frame(seed, within, step):
     qx, dx = g.normal(size=(nq, 4)).astype(np.float32), g.normal(size=(n, 4)).astype(np.float32)
     found = stream_search(qx, dx, min(20, n), memory=1)[1]
     for k, v in recall_from_ranks(found, got, KS).items(): np.testing.assert_allclose(v, reference(qx, dx, near, k))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(1, 6))
+def test_a_short_list_of_answers_is_never_counted_as_a_hit(seed, columns):
+    "Fewer answers than K: what was not retrieved was not found."
+    q, d, positives = draw(seed, False)
+    found = recall_from_ranks(stream_search(q, d, min(columns, len(d)))[1], positives, KS)
+    for k in KS: np.testing.assert_allclose(found[k], reference(q, d, positives, min(k, columns)))
+
+
+def test_positives_of_any_kind_and_none_beyond_the_database():
+    q = np.eye(3, dtype=np.float32)
+    for kind in (list, set, tuple, np.array, lambda p: np.array(p, np.uint8)):
+        assert recall_at_k(q, q, [kind([0, 2]), kind([2]), kind([])], (1, 3)) == {1: 50., 3: 100.}
+    for bad in (3, -1):
+        try: recall_at_k(q, q, [[bad], [0], [0]])
+        except UserError as e: assert f'row {bad} of a database of 3 rows' in str(e)
+        else: raise AssertionError('a positive that is nobody')

@@ -12,7 +12,7 @@ from sage.learner import SageModule
 from sage.places import make_table
 from sage.run import Run, checkpoint_paths
 from sage.settings import Settings, make_model
-from sage.train import Stopped, fit, last_whole
+from sage.train import Stopped, beside, fit, last_whole
 
 def toy_table(root, places=24, views=6, side=56, seed=0):
     "A place is a coloured pattern; its views are shifted and shaded. 60 m between places, 8 m within."
@@ -136,6 +136,16 @@ def test_strategies_resume(towns, tmp_path, strategy, record):
     if strategy in ('static', 'gws'): assert len(caches) == 2
     again = train(s, towns, tmp_path/'two', resume=True)                      # nothing left to do
     assert numbers(again) == numbers(one)
+
+def test_work_is_done_beside():
+    "Each waits for the other, so they must run together; what stops the work stops the body."
+    a, b = threading.Event(), threading.Event()
+    def work(): a.set(); return b.wait(20)
+    with beside(work) as answer:
+        assert a.wait(20); b.set()
+        assert answer()[0]
+    def stopped(): raise Stopped('stopped while drawing')
+    with pytest.raises(Stopped, match='drawing'), beside(stopped) as answer: answer()
 
 def test_node_features_image(towns, tmp_path):
     s = settings(node_features='image', epochs=1)

@@ -231,6 +231,29 @@ def test_a_csv_says_where(town):
     assert abs(update_map(town, model, SIZE, csv=elsewhere).photos.lat[0] - 48.7) < 1e-6 and model.asked == 30
 
 
+def test_positions_from_exif_then_csv_then_exif(town):
+    "What a csv said is forgotten with it, and a photograph that has a position only now is described now."
+    model = Counting(); photo(town/'nogps.png', 3)
+    m = update_map(town, model, SIZE); assert m.index.ntotal == model.asked == 30 and [i for i, _ in m.left_out] == ['nogps.png']
+    exif = m.photos.set_index('image')[['lat', 'lon']]
+    (town/'where.csv').write_text('\n'.join(['path,lat,lon', 'nogps.png,48.5,9.2', *(f'{i:02d}.png,48.{i + 10},9.1' for i in range(29)), '29.png,,']))
+    m = update_map(town, model, SIZE); assert m.index.ntotal == 30 and model.asked == 31 and m.photos.lat.max() < 49
+    assert m.left_out == [('29.png', 'no position in where.csv')] and set(m.photos.image) == {'nogps.png', *(f'{i:02d}.png' for i in range(29))}
+    (town/'where.csv').unlink()
+    m = update_map(town, model, SIZE); assert m.index.ntotal == 30 and model.asked == 32                # 29.png is back, and described again
+    np.testing.assert_allclose(m.photos.set_index('image')[['lat', 'lon']].loc[exif.index], exif, atol=1e-9)
+    fresh = update_map(town, GridModel(), SIZE, folder=town.parent/'fresh')
+    a, b = ({i: m.index.reconstruct(n) for n, i in enumerate(m.photos.image)} for m in (m, fresh))
+    assert set(a) == set(b) and all(np.allclose(a[i], b[i], atol=1e-6) for i in a)
+    state = (town/'.sage'/'index.json').read_text(); update_map(town, model, SIZE); assert model.asked == 32 and (town/'.sage'/'index.json').read_text() == state
+
+
+def test_a_photograph_without_pixels_is_opened_once(town, model):
+    data = (town/'05.png').read_bytes(); (town/'05.png').write_bytes(data[:len(data)*2//3])             # its header and position are whole
+    m = update_map(town, model, SIZE); state = (town/'.sage'/'index.json').read_text(); assert m.index.ntotal == 29 and [i for i, _ in m.left_out] == ['05.png']
+    update_map(town, model, SIZE); assert (town/'.sage'/'index.json').read_text() == state
+
+
 def test_a_moved_map_still_answers(copy, model):
     moved = copy.rename(copy.parent/'moved'); before = (moved/'.sage'/'index.json').read_text()
     assert update_map(moved, model, SIZE).index.ntotal == 30 and (moved/'.sage'/'index.json').read_text() == before
