@@ -186,7 +186,7 @@ class GraphPage(Page):
         look = (self.positions.value + how, s.dark, tuple(s.epochs))
         if look != self.figure[0]:
             fig = graph_figure(self.run, s.epoch, xy, dark=s.dark, height=520).update_layout(uirevision=look[0])
-            low, high = score_range([self.run.nodes(e) for e in s.epochs])
+            low, high = score_range([self.run.nodes(e) for e in s.epochs[::1 + len(s.epochs)//30]])      # some thirty epochs tell it
             self.figure = look, fig.update_traces(marker=dict(cmin=low, cmax=high), selector=dict(name='place'))
         show_view(self.figure[1], view)
         self.graph.show(self.figure[1])
