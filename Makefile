@@ -37,7 +37,7 @@ browser:
 	@$(find_py); "$$py" -m pytest -q tests/test_browser.py
 
 torture:
-	@$(find_py); SAGE_TORTURE=1 "$$py" -m pytest -q -s tests/faults && "$$py" tools/mutate.py $(ARGS)
+	@$(find_py); SAGE_TORTURE=1 "$$py" -m pytest -q -s tests/faults && "$$py" tests/faults/long.py && "$$py" tools/mutate.py $(ARGS)
 
 lowest:
 	@py=$$($(PYTHON) tools/env.py lowest) && "$$py" tools/check.py quick

@@ -194,7 +194,7 @@ def read_tensors(
     return tensors_only(state, path)
 
 # %% ../nbs/11_backbone.ipynb #1b0e7df1
-_UNREADABLE = (safetensors.SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError, struct.error)
+_UNREADABLE = (safetensors.SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, MemoryError, struct.error)
 
 def _read_file(path):
     if path.suffix == '.safetensors': return safetensors.torch.load_file(path)

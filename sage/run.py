@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEFTOVER', 'FILES', 'KINDS', 'remove', 'sweep', 'epoch_name', 'plain', 'append_line', 'whole_bytes', 'read_lines',
-           'Run', 'write_json', 'epoch_file', 'read_table', 'read_array', 'Answers', 'reduce_descriptors', 'answers_of',
-           'answer_arrays', 'checkpoint_paths', 'Stopped', 'started', 'alone', 'holder']
+           'Run', 'write_json', 'whole_rows', 'epoch_file', 'read_table', 'read_array', 'Answers', 'reduce_descriptors',
+           'answers_of', 'answer_arrays', 'checkpoint_paths', 'Stopped', 'started', 'alone', 'holder']
 
 # %% ../nbs/30_run.ipynb #9128c816
 import fcntl, json, os, platform, re, shutil, struct, time, tokenize, zipfile, zlib
@@ -143,6 +143,18 @@ def config(self:Run) -> dict:
     if not isinstance(config, dict): raise UserError(f'{path}: holds no settings; restore it or train anew')
     return config
 
+def whole_rows(
+    run, # a `Run`
+) -> list: # dicts
+    "All rows of the metrics. Raises UserError naming a line that is none."
+    rows, path = read_lines(run.path/'metrics.jsonl'), run.path/'metrics.jsonl'
+    for i, r in enumerate(rows, 1):
+        if not isinstance(r.get('epoch', 0), int): raise UserError(f'{path}, line {i}: its epoch is no whole number; remove that line to read the rest')
+        for key, v in r.items():
+            if '/recall@' in key and not ('epoch' in r and isinstance(v, (int, float, type(None))) and (v is None or v != v or abs(v) <= 100)):
+                raise UserError(f'{path}, line {i}: no recall of an epoch in percent; remove that line to read the rest')
+    return rows
+
 @patch
 def log(self:Run, **row):
     "Append one row to the metrics. By custom `kind` is 'epoch' or 'step', and names of times end in `_s`."
@@ -153,7 +165,7 @@ def metrics(self:Run,
     kind:str='epoch', # 'epoch', 'step', or '' for every row
 ) -> pd.DataFrame:    # rows in the order they were logged; empty when there are none
     "The logged rows of one kind. A row without a kind counts as 'epoch'."
-    rows = [r for r in read_lines(self.path/'metrics.jsonl') if not kind or r.get('kind', 'epoch') == kind]
+    rows = [r for r in whole_rows(self) if not kind or r.get('kind', 'epoch') == kind]
     return pd.DataFrame(rows) if rows else pd.DataFrame({'kind': [], 'epoch': []})
 
 # %% ../nbs/30_run.ipynb #d38f2426
@@ -161,8 +173,8 @@ def metrics(self:Run,
 def recalls(self:Run) -> pd.DataFrame: # columns epoch, table, k, recall (percent)
     "Recall in long form, one row for each epoch, validation table and K."
     rows = [dict(epoch=r['epoch'], table=table, k=int(k), recall=v)
-            for r in read_lines(self.path/'metrics.jsonl') for key, v in r.items()
-            for table, at, k in [key.rpartition('/recall@')] if at and k.isdigit()]
+            for r in whole_rows(self) for key, v in r.items()
+            for table, at, k in [key.rpartition('/recall@')] if at and k.isdecimal() and len(k) < 10]
     return pd.DataFrame(rows, columns=['epoch', 'table', 'k', 'recall'])
 
 # %% ../nbs/30_run.ipynb #c4619856
@@ -367,7 +379,7 @@ def truncate(self:Run,
 ):
     "Drop metrics, records and checkpoints later than `epoch`, its record where the metrics have no row of it, and temporary leftovers."
     log = self.path/'metrics.jsonl'
-    rows = [r for r in read_lines(log) if r.get('epoch', 0) <= epoch]
+    rows = [r for r in whole_rows(self) if r.get('epoch', 0) <= epoch]
     if log.exists():
         with atomic(log) as part: part.write_text(''.join(json.dumps(r) + '\n' for r in rows))
     logged = {r.get('epoch') for r in rows if r.get('kind', 'epoch') == 'epoch'}

@@ -164,16 +164,12 @@ def test_a_figure_is_saved_as_a_picture(desk):
     picture = Image.open(found.value.path())
     assert picture.format == 'PNG' and picture.width > 1000 and len(picture.convert('RGB').getcolors(10**7)) > 50
 
-def test_new_epochs_come_by_themselves_within_two_seconds(desk):
-    took = []
+def test_new_epochs_come_by_themselves(desk): # how soon: bench/browser.py
     for p in desk.waiting:
-        start = time.monotonic()
         (desk.folder/p.name).rename(p)
         desk.until(lambda: f'after {int(p.name)} epoch' in desk.title(), 20)
-        took.append(time.monotonic() - start)
         desk.page.wait_for_timeout(300)
         assert desk.page.evaluate(INK) > 500
-    assert min(took) < 2, f'{took} s from the end of the epoch to the painted graph'
 
 def test_the_slider_goes_back_and_newest_comes_back(desk):
     slide(desk, 'epoch', 'epoch', 1)

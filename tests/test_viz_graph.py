@@ -1,5 +1,5 @@
 "The pictures of the graph and of cliques: what they draw against brute force, at full size, and with names and files that mean harm."
-import io, json, time
+import io, json
 from base64 import b64decode
 
 import networkx as nx
@@ -184,14 +184,10 @@ def test_fifty_thousand_places(tmp_path):
     for e in range(3):
         nodes, edges = town(50_000, 500_000, e, 9000.)
         run.write_epoch(e, nodes, edges, pd.DataFrame(dict(batch=[0], slot=0, place=5, image='', rank=0, mean_affinity=-1., node=5)), np.random.default_rng(e).normal(size=(50_000, 16)))
-    start = time.perf_counter()
-    fig = graph_figure(run)
-    built = time.perf_counter() - start
-    assert built < 5, f'{built:.1f} s'
+    fig = graph_figure(run)                                                  # how long it takes: bench/browser.py
     assert sum(len(t.x) for t in fig.data[:6]) < 3*1500
-    start = time.perf_counter()
-    graph_view(nodes, edges, window=(-400, 400, -300, 300))
-    assert time.perf_counter() - start < 1
+    close = graph_view(nodes, edges, window=(-400, 400, -300, 300))
+    assert sum(len(t['x']) for t in close.traces[:6]) < 3*1500
 
 # cliques
 

@@ -9,7 +9,7 @@ import torch
 import sage.backbone, sage.model
 from sage.backbone import packaged_file, weights_folder
 from sage.core import MissingPath, UserError
-from sage.model import create_sage, read_header
+from sage.model import create_sage, load_sage, read_header
 from sage.sources import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,12 +71,51 @@ def test_training_the_backbone_at_the_smallest_size(objective, source, tmp_path)
     assert all(v.isfinite().all() for v in state.values())
 
 
-def test_pictures_come_from_their_seed():
+def test_training_sage_over_it_at_the_smallest_size(tmp_path):
+    small = ['--work', tmp_path/'work', '--towns', 2, '--ways', 1, '--sizes', 3, 4, 2, '--held-out', 2, 2, 2, '--places', 4, '--views', 2, '--steps', 2, 1, '--every', 9, '--locate', 1, '--large', .5, '--workers', 1]
+    done = run('tools/train_scenes.py', *small, '--out', tmp_path/'out')
+    assert done.returncode == 0, done.stderr
+    card = json.loads((tmp_path/'out'/'sage_world.json').read_text())
+    assert card['curve'] and len(card['recall_at_1']) == 4 and set(card['all_cells']) == {'trained', 'grid', 'untrained', 'before'} and all(len(c) == 12 for c in card['all_cells'].values())
+    model = load_sage(packaged_file('sage_world', tmp_path/'out'))
+    assert model.describe(torch.zeros(1, 3, 112, 112)).isfinite().all()
+    tokens = np.load(tmp_path/'work'/'tokens'/'way-00-a-112.npy')
+    assert tokens.shape == (4, 2, 65, 192) and np.isfinite(tokens).all()
+
+
+@pytest.fixture
+def tools():
     sys.path.insert(0, str(ROOT/'tools'))
-    try: from pictures import alter, dead_leaves, palette
-    finally: sys.path.pop(0)
-    make = lambda seed: (lambda r: alter(dead_leaves(r, palette(r), 56), r))(np.random.default_rng(seed))
-    assert make(1) == make(1) != make(2)
+    yield
+    sys.path.remove(str(ROOT/'tools'))
+
+
+def test_pictures_come_from_their_seed(tools):
+    from pictures import alter, dead_leaves, disturb, foreign, palette
+    for change in (alter, disturb, foreign):
+        make = lambda seed: (lambda r: change(dead_leaves(r, palette(r), 56), r))(np.random.default_rng(seed))
+        assert make(1) == make(1) != make(2)
+
+
+def test_a_way_is_the_same_way_on_another_day(tools):
+    from halls import Way
+    at = dict(x=0., y=1.6, z=9., heading=0., pitch=0., roll=0., fov=75.)
+    a, again, other_day, other = (Way(seed, day)(**at, size=64).astype(float) for seed, day in ((5, 0), (5, 0), (5, 1), (6, 0)))
+    assert np.array_equal(a, again) and not np.array_equal(a, other_day)
+    alike = lambda p, q: np.corrcoef(np.abs(np.diff(p.mean(2), axis=1)).ravel(), np.abs(np.diff(q.mean(2), axis=1)).ravel())[0, 1]
+    assert alike(a, other_day) > alike(a, other) + .2                              # edges stay where they were; light does not
+
+
+def test_probes_and_features_begin_where_they_are_told(tools):
+    from train_scenes import cells, linear
+    near = cells(64, 64, .05)
+    assert torch.equal(near.argmax(0), torch.arange(64)) and torch.allclose(near.sum(0), torch.ones(64))
+    assert torch.equal(cells(256, 64, .05).argmax(0)//16//2, torch.arange(64)//8)    # the same field on a finer grid
+    net = create_sage('sage_nano').probing.cluster_features.eval()
+    weight, bias, x = torch.randn(128, 192, generator=torch.Generator().manual_seed(0)), torch.ones(128), torch.randn(2, 5, 192, generator=torch.Generator().manual_seed(1))
+    linear(net, weight, bias)
+    wanted = x @ weight.T + bias
+    assert (net(x) - wanted).abs().max() < .1*wanted.std()
 
 
 def test_descriptors_of_the_benchmark():

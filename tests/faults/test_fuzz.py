@@ -1,5 +1,5 @@
 """Bytes that nobody meant: whatever is read gives a result or one sentence. `make torture` runs more than 100,000 cases, a plain run a few hundred."""
-import os, struct
+import os, struct, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from sage.learner import load_state, save_state
 from sage.model import create_sage, load_official, load_sage, read_checked, read_header, save_sage
 from sage.photos import numbers, photo_label, read_csv, read_photos, whole_numbers
 from sage.places import check_table, make_table
-from sage.run import append_line, read_lines
+from sage.run import Run, append_line, read_lines
 from sage.viz.toy import toy_run
 
 MUCH = bool(os.environ.get('SAGE_TORTURE'))
@@ -159,6 +159,19 @@ def test_run_folders(run, data):
     finally: path.write_bytes(files[path])
 
 
+@pytest.mark.parametrize('bad', ['{"kepoch": 0, "x/recall@1": 5}', '{"epoch": "0", "x/recall@1": 5}', '{"epoch": null}', '{"epoch": 0.5}', '{"epoch": 1, "x/recall@1": "5"}', '{"epoch": 1, "x/recall@1": [5]}', '{"epoch": 1, "x/recall@1": 1e999}', '{"epoch": 1, "x/recall@1": 101}'])
+def test_a_row_that_is_no_row(tmp_path, bad):
+    r = Run.create(tmp_path/'run', {})
+    (r.path/'metrics.jsonl').write_text('{"epoch": 0, "x/recall@1": 4.5}\n' + bad + '\n')
+    for read in (r.metrics, r.recalls, r.best, lambda: r.truncate(0)):
+        with pytest.raises(UserError, match='metrics.jsonl, line 2: '): read()
+
+def test_rows_that_look_odd_and_are_whole(tmp_path):
+    r = Run.create(tmp_path/'run', {})
+    for row in ({'epoch': 0, 'x/recall@²': 5, 'x/recall@' + '9'*5000: 5, 'x/recall@1': float('nan'), 'x/recall@5': None, '/recall@1': 3}, {'seconds': 4}): r.log(**row)
+    assert r.recalls().k.tolist() == [1, 5, 1] and len(r.metrics()) == 2
+
+
 # ---- checkpoints
 
 @pytest.fixture(scope='module')
@@ -191,3 +204,14 @@ def test_checkpoints(checkpoint, data):
         sentence(load_state, path, optimizer, schedule)
         load_state(t/'s.safetensors', optimizer, schedule)
     elif got is None: sentence(load_sage, path)
+
+
+@pytest.mark.parametrize('was, bad', [(b'K\x01K\x05K\x04\x87', b'K\x87'), (b'K\x01K\x05K\x04\x87', b')'), (b'\x89ccollections', b'ccollections'), (b'K\x01K\x05K\x04\x87', b'NNN\x87'), (b'X\x03\x00\x00\x00cpu', b'X\x03\x00\x00\x00cpx'), (b'FloatStorage', b'FloatStorag_')])
+def test_a_checkpoint_whose_tensors_are_none(tmp_path, was, bad):
+    "Found by fuzzing: torch's reader does not check what it is told to build."
+    torch.save(dict(model_state_dict={'backbone.model.pos_embed': torch.zeros(1, 5, 4)}), tmp_path/'o.pth')
+    with zipfile.ZipFile(tmp_path/'o.pth') as z: parts = {n: z.read(n) for n in z.namelist()}
+    assert any(was in data for data in parts.values())
+    with zipfile.ZipFile(tmp_path/'o.pth', 'w', zipfile.ZIP_STORED) as z:
+        for n, data in parts.items(): z.writestr(n, data.replace(was, bad) if n.endswith('data.pkl') else data)
+    with pytest.raises(UserError, match='o.pth is not a readable checkpoint'): load_official(tmp_path/'o.pth')

@@ -134,7 +134,7 @@ def visit(browser, path):
     asked, said, page = [], [], browser.new_page()
     page.on('request', lambda r: asked.append(r.url) if not r.url.startswith(('data:', 'blob:', 'about:', path.as_uri())) else None)
     page.on('dialog', lambda d: (said.append(d.message), d.dismiss()))
-    page.goto(path.as_uri()); page.wait_for_timeout(1500)
+    page.goto(path.as_uri(), timeout=120_000); page.wait_for_timeout(1500)
     return page, asked, said
 
 
@@ -196,7 +196,7 @@ def test_a_hostile_run_in_a_notebook_is_only_shown(tmp_path):
         d, said = Desk(browser, url), []
         d.page.on('dialog', lambda dialog: (said.append(dialog.message), dialog.dismiss()))
         d.open('work.ipynb'); d.run_all()
-        d.until(lambda: 'after 1 epoch' in d.title(), 120)
+        d.until(lambda: 'after 1 epoch' in d.title(), 300)
         for name in [t.strip() for t in d.page.locator('.jupyter-widgets .lm-TabBar-tab').all_text_contents()]:
             d.tab(name); d.page.wait_for_timeout(2500)
             hover_plots(d.page, 3); open_popups(d.page, 4)
