@@ -97,7 +97,7 @@ def machines(data, folder, *more):
 
 def torchrun(data, folder, *more):
     "The same under torchrun."
-    how = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', *command(data, folder, '--devices', '2', *more)[1:]]
+    how = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', '--', *command(data, folder, '--devices', '2', *more)[2:]]
     done = subprocess.run(how, capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     return [((done.stdout, done.stderr), done.returncode)]
 
