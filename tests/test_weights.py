@@ -72,11 +72,11 @@ def test_training_the_backbone_at_the_smallest_size(objective, source, tmp_path)
 
 
 def test_training_sage_over_it_at_the_smallest_size(tmp_path):
-    small = ['--work', tmp_path/'work', '--towns', 2, '--ways', 1, '--sizes', 3, 4, 2, '--held-out', 2, 2, 2, '--places', 4, '--views', 2, '--steps', 2, 1, '--every', 9, '--locate', 1, '--large', .5, '--workers', 1]
+    small = ['--work', tmp_path/'work', '--towns', 2, '--ways', 1, '--sizes', 3, 4, 2, '--drives', 1, '--held-out', 2, 2, 2, 2, '--places', 4, '--views', 2, '--steps', 2, 1, '--every', 9, '--locate', 1, '--large', .5, '--workers', 1]
     done = run('tools/train_scenes.py', *small, '--out', tmp_path/'out')
     assert done.returncode == 0, done.stderr
     card = json.loads((tmp_path/'out'/'sage_world.json').read_text())
-    assert card['curve'] and len(card['recall_at_1']) == 4 and set(card['all_cells']) == {'trained', 'grid', 'untrained', 'before'} and all(len(c) == 12 for c in card['all_cells'].values())
+    assert card['curve'] and len(card['recall_at_1']) == 4 and set(card['all_cells']) == {'trained', 'grid', 'untrained', 'before'} and all(len(c) == 13 for c in card['all_cells'].values())
     model = load_sage(packaged_file('sage_world', tmp_path/'out'))
     assert model.describe(torch.zeros(1, 3, 112, 112)).isfinite().all()
     tokens = np.load(tmp_path/'work'/'tokens'/'way-00-a-112.npy')

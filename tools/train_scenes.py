@@ -1,11 +1,11 @@
-"""Another training of SAGE over the packaged backbone: more scenes, same-spot pairs, disturbed photographs. It was tried and does not ship (docs/model_card.md says why); tools/train_world.py made what does.
+"""Train the SAGE that ships with the package, `create_sage('sage_nano', pretrained='world')`, over the packaged backbone: many scenes, pairs from one spot and along drives, disturbed photographs.
 
     python tools/train_scenes.py --work /tmp/scenes --out sage/weights
 
-1. Photograph scenes of seeds that no demo, test or benchmark uses: towns (71001, 71002, …) under all ten conditions, two of three from nearly one spot and one along 20 m of street, and ways (73001, …): corridors, alleys and lanes (tools/halls.py).
-2. Disturb every photograph once for each copy (tools/pictures.py: light, covers, perspective, crop, colour, blur, noise, JPEG) and keep the frozen blocks' tokens of it; they never change, and a step then costs the last blocks alone.
-3. Train: first Soft Probing alone, over finished tokens (`--steps` of the first phase), then the power norms and the last LayerNorm with it. A batch is of two towns, or of four ways, so that what must be told apart is of one style. Supervised contrastive loss (the multi-similarity loss of `sage_train` stayed where all are at right angles: the pairs of other conditions are too hard for it); the weights that ship are a running mean.
-4. Measure on towns and ways of other seeds (72002 to 72004, 74001, 74005) whose photographs went through changes that training has not seen (`foreign`), or through mild ones; at 112 and 224 pixels. Recall@1 of other photographs of a place against one of each place; the mean over these cells chooses.
+1. Photograph scenes of seeds that no demo, test or benchmark uses: towns (71001, 71002, …) under all ten conditions, two of three from nearly one spot and one along 20 m of street; more towns (71101, …) along 20 m only; and ways (73001, …): corridors, alleys and lanes (tools/halls.py).
+2. Disturb every photograph once for each copy (tools/pictures.py: light, covers, perspective, crop, colour, blur, noise, JPEG; one copy of each mildly) and keep the frozen blocks' tokens of it; they never change, and a step then costs the last blocks alone.
+3. Train: first Soft Probing alone, over finished tokens (`--steps` of the first phase), then the power norms and the last LayerNorm with it. A batch is of two towns, of two drives, or of four ways, so that what must be told apart is of one style. Supervised contrastive loss (the multi-similarity loss of `sage_train` stayed where all are at right angles: the pairs of other conditions are too hard for it); the weights that ship are a running mean.
+4. Measure on towns and ways of other seeds (72002 to 72004, 72006, 74001, 74005) whose photographs went through changes that training has not seen (`foreign`), or through mild ones; at 112 and 224 pixels. Recall@1 of other photographs of a place against one of each place; the mean over these cells chooses.
 No real image enters training or selection. The layers that train become sage_world.safetensors (float16) with its line in checksums.txt; arguments, curve, recalls and versions go into sage_world.json beside it.
 """
 import argparse, io, json, math, sys, time
@@ -63,13 +63,15 @@ def draw_town(seed, places, views, spot=True, size=224):
 def mild(image, rng): return alter(image, rng, .03)
 
 
-def plan(towns, ways, town_places=50, way_places=14, views=5, held=(70, 44, 56), large=True):
+def plan(towns, drives, ways, town_places=50, way_places=14, views=5, held=(70, 44, 56, 60), large=True):
     "Name of a scene → (how to draw it, its token files: (tag, size, change, share of the places))."
-    train, val = [('-a', 112, disturb, 1), ('-b', 112, disturb, 1)] + [('-a', 224, disturb, .5)] * large, [('', 112, foreign, 1), ('', 224, foreign, 1)]
+    big = [('-a', 224, disturb, .5)] * large
+    train, val = [('-a', 112, disturb, 1), ('-b', 112, disturb, 1), ('-c', 112, mild, 1), *big], [('', 112, foreign, 1), ('', 224, foreign, 1)]
     again = [('', 112, foreign, 1), ('-mild', 112, mild, 1), ('-mild', 224, mild, 1)]
     out = {'val-spot': (partial(draw_town, 72002, held[0], 4), val), 'val-spot2': (partial(draw_town, 72003, held[0], 4), again), 'val-drive': (partial(draw_town, 72004, held[1], 4, False), val[:1])}
-    out |= {'val-way': (partial(draw_way, 74001, held[2], 3, days=3), val), 'val-way2': (partial(draw_way, 74005, held[2], 3, days=3), again)}
+    out |= {'val-way': (partial(draw_way, 74001, held[2], 3, days=3), val), 'val-way2': (partial(draw_way, 74005, held[2], 3, days=3), again), 'val-drive2': (partial(draw_town, 72006, held[3], 4, False), [('', 112, mild, 1)])}
     out |= {f'town-{i:02d}': (partial(draw_town, 71001 + i, town_places, views, i % 3 != 2), train) for i in range(towns)}
+    out |= {f'drive-{i:02d}': (partial(draw_town, 71101 + i, town_places, views + 1, False), [('-a', 112, mild, 1), ('-b', 112, disturb, 1), *big]) for i in range(drives)}
     return out | {f'way-{i:02d}': (partial(draw_way, 73001 + i, way_places, views, days=5), train) for i in range(ways)}
 
 
@@ -116,7 +118,7 @@ def recalls(describe, tokens):
     return out
 
 
-WATCHED = ('val-spot2-112', 'val-way-112', 'val-spot2-mild-112', 'val-way2-mild-112')  # cells measured on the way; their mean chooses the step
+WATCHED = ('val-spot2-112', 'val-way-112', 'val-spot2-mild-112', 'val-way2-mild-112', 'val-drive2-112')  # cells measured on the way; their mean chooses the step
 
 
 def mean(found): return round(sum(found.values()) / len(found), 2)
@@ -128,7 +130,7 @@ class Batches:
         self.rng, self.a = np.random.default_rng(seed), a
         self.sizes = {size: {name: [x for k, x in tokens.items() if k.startswith(f'{name}-') and k.endswith(f'-{size}')] for name in {k.split('-a-')[0] for k in tokens if '-a-' in k}} for size in (112, 224)}
         names = sorted(self.sizes[112])
-        self.kinds = [(k, n) for k, n in (([x for x in names if x.startswith('town')], 2), ([x for x in names if x.startswith('way')], 4)) if k]
+        self.kinds = [(k, n) for k, n in (([x for x in names if x.startswith(kind)], n) for kind, n in (('town', 2), ('drive', 2), ('way', 4))) if k]
 
     def draw(self):
         rng, large = self.rng, self.rng.random() < self.a.large
@@ -252,7 +254,7 @@ def packaged(a, model, step):
 def card(a, curve, log, step, cells, minutes):
     "What the JSON beside the weights says."
     return dict(command=' '.join(['python', 'tools/train_scenes.py', *sys.argv[1:]]), date=time.strftime('%Y-%m-%d'), threads=torch.get_num_threads(), versions=dict(python=sys.version.split()[0], torch=torch.__version__, timm=timm.__version__, numpy=np.__version__),
-                town_seeds=[71001 + i for i in range(a.towns)], way_seeds=[73001 + i for i in range(a.ways)], held_out_seeds=[72002, 72003, 72004, 74001, 74005], minutes=round(minutes, 1), step=step, settings={k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items() if k != 'settings'},
+                town_seeds=[71001 + i for i in range(a.towns)], drive_seeds=[71101 + i for i in range(a.drives)], way_seeds=[73001 + i for i in range(a.ways)], held_out_seeds=[72002, 72003, 72004, 72006, 74001, 74005], minutes=round(minutes, 1), step=step, settings={k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items() if k != 'settings'},
                 recall_at_1=log, all_cells=cells, curve_columns=['step', 'loss'], curve=[[i + 1, round(float(np.mean(curve[max(i - 19, 0):i + 1])), 4)] for i in range(19, len(curve), 20)] or [[len(curve), round(curve[-1], 4)]])
 
 
@@ -274,14 +276,14 @@ def settings(a):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--work', type=Path, required=True, help='folder for photographs and tokens'); p.add_argument('--out', type=Path, help='folder for the weights; none: only train and measure')
-    p.add_argument('--towns', type=int, default=16); p.add_argument('--ways', type=int, default=24); p.add_argument('--sizes', type=int, nargs=3, default=(50, 14, 5), help='places of a town, places of a way, photographs of a place'); p.add_argument('--held-out', type=int, nargs=3, default=(70, 44, 56), help='places of the held-out scenes: spot, drive, way')
-    p.add_argument('--steps', type=int, nargs=2, default=(900, 0), help='of the first and of the second phase'); p.add_argument('--every', type=int, default=150, help='steps between two measurements'); p.add_argument('--places', type=int, default=24, help='in a batch'); p.add_argument('--views', type=int, default=4, help='photographs of each')
+    p.add_argument('--towns', type=int, default=16); p.add_argument('--drives', type=int, default=12, help='towns seen from drives, photographs nearly plain'); p.add_argument('--ways', type=int, default=24); p.add_argument('--sizes', type=int, nargs=3, default=(50, 14, 5), help='places of a town, places of a way, photographs of a place'); p.add_argument('--held-out', type=int, nargs=4, default=(70, 44, 56, 60), help='places of the held-out scenes: spot, drive, way, plain drive')
+    p.add_argument('--steps', type=int, nargs=2, default=(1200, 0), help='of the first and of the second phase'); p.add_argument('--every', type=int, default=150, help='steps between two measurements'); p.add_argument('--places', type=int, default=24, help='in a batch'); p.add_argument('--views', type=int, default=4, help='photographs of each')
     p.add_argument('--lr', type=float, default=1e-3); p.add_argument('--weight-decay', type=float, default=0.); p.add_argument('--dropout', type=float, default=.3); p.add_argument('--large', type=float, default=0., help='share of batches at 224 pixels'); p.add_argument('--ema', type=float, default=.98); p.add_argument('--exponent', type=float, default=.95, help='of the power norms at the start')
     p.add_argument('--locate', type=int, default=150, help='steps that teach each probe a field of the picture, before all else; 0: begin at random'); p.add_argument('--spread', type=float, default=.1, help='size of a field'); p.add_argument('--whiten', type=float, default=.1, help='0: principal components as they are; 0.5: all of one size')
     p.add_argument('--temperature', type=float, default=.07, help='of the supervised contrastive loss; 0: the multi-similarity loss of sage_train')
     p.add_argument('--loss-base', type=float, default=0.); p.add_argument('--workers', type=int, default=2, help='processes that draw'); p.add_argument('--seed', type=int, default=71000); p.add_argument('--draw', action='store_true', help='only draw and keep the tokens')
     a = p.parse_args()
-    tokens = all_tokens(a.work, plan(a.towns, a.ways, *a.sizes, a.held_out, a.large > 0), a.workers)
+    tokens = all_tokens(a.work, plan(a.towns, a.drives, a.ways, *a.sizes, a.held_out, a.large > 0), a.workers)
     if a.draw: return
     a.settings = settings(a)
     begun, log = time.time(), []
