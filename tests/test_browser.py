@@ -200,9 +200,10 @@ def test_the_map_is_drawn_without_a_network(desk):
     frame.locator('.leaflet-popup-content img').wait_for(timeout=10_000)
 
 def test_another_clique_is_chosen_everywhere(desk):
-    desk.page.locator('.widget-dropdown:has-text("clique") select').locator('visible=true').select_option(index=3)
     chosen = desk.page.locator('button:has-text("✕")')
-    desk.until(lambda: chosen.count() and 'place' in chosen.first.text_content())
+    before = chosen.all_text_contents()
+    desk.page.locator('.widget-dropdown:has-text("clique") select').locator('visible=true').select_option(index=3)
+    desk.until(lambda: chosen.count() and 'place' in chosen.first.text_content() and chosen.all_text_contents() != before)
     name = chosen.first.text_content().replace(' ✕', '')
     desk.tab('Graph')
     desk.until(lambda: desk.title(1).startswith(name.replace('&', '&amp;')))

@@ -116,7 +116,7 @@ def test_layers(run):
     assert layer(features('Point', [])) is None
     page = map_html(clique_map(run, [0, 1], [0, 1, 2], hard=1))
     for e, b in np.ndindex(2, 3): assert f'epoch {e} \\u00b7 batch {b}' in page
-    assert page.count('"type": "Point"') == 600 + 6*32 and len(re.findall(r'"slot": \d', page)) == 6*8
+    assert page.count('"type": "Point"') == 600 + 6*32 and len(re.findall(r'"slot": \d', page)) == 6*32          # each member knows its clique
 
 def test_several_cities(run, tmp_path):
     table, cliques = run.table(), run.cliques(0)

@@ -214,4 +214,4 @@ def test_a_checkpoint_whose_tensors_are_none(tmp_path, was, bad):
     assert any(was in data for data in parts.values())
     with zipfile.ZipFile(tmp_path/'o.pth', 'w', zipfile.ZIP_STORED) as z:
         for n, data in parts.items(): z.writestr(n, data.replace(was, bad) if n.endswith('data.pkl') else data)
-    with pytest.raises(UserError, match='o.pth is not a readable checkpoint'): load_official(tmp_path/'o.pth')
+    with pytest.raises(UserError, match='o.pth is not a readable checkpoint|the checkpoint has no '): load_official(tmp_path/'o.pth')    # torch takes some device names that are none
