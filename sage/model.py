@@ -17,6 +17,7 @@ import numpy as np, pandas as pd, safetensors, torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -467,6 +468,17 @@ def _from_pretrained(cls:SAGE, *, model_id, revision=None, cache_dir=None, force
     how = dict(revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token)
     path = Path(model_id)/'model.safetensors' if Path(model_id).is_dir() else hf_hub_download(model_id, 'model.safetensors', **how)
     return load_sage(path).to(map_location)
+
+@patch(cls_method=True)
+def from_pretrained(cls:SAGE,
+    pretrained_model_name_or_path:str|Path, # a folder of `save_pretrained`, or a name on the hub
+    **how, # as huggingface_hub's `ModelHubMixin.from_pretrained` takes it
+) -> SAGE: # in eval mode
+    "A saved model. Raises `UserError` where there is neither such a folder nor such a name within reach."
+    name = pretrained_model_name_or_path
+    try: return PyTorchModelHubMixin.from_pretrained.__func__(cls, name, **how)
+    except (HFValidationError, LocalEntryNotFoundError): raise UserError(f'{name}: no such folder here, and not to be had from the hub; give a folder that save_pretrained wrote, or OWNER/NAME with a network') from None
+    except HfHubHTTPError as e: raise UserError(f'{name}: the hub does not hand it out ({str(e).splitlines()[0]}); check the name, or give a folder that save_pretrained wrote') from None
 
 @patch
 def generate_model_card(self:SAGE,
