@@ -96,6 +96,6 @@ if __name__ == '__main__':
         print(table.round(1).to_string())
         epochs, read, drawn = opened(folder)
         print(f'{epochs:,} epochs of records are read in {read:.2f} s; their workbench is drawn after {drawn:.2f} s')
-        flat = bool((table.percent[['training memory']] < 2).all() and (table['last'] - table['first'])[[c for c in table.index if c.endswith(('threads', 'files'))]].max() < 1 and table['last']['hidden'] < 1)
+        flat = bool((table.percent[['training memory', 'workbench memory']] < 2).all() and (table['last'] - table['first'])[[c for c in table.index if c.endswith(('threads', 'files'))]].max() < 1 and table['last']['hidden'] < 1)
         print(f'long run: {"flat" if flat else "GROWS"}; ended by SIGTERM with {code}')
     sys.exit(not flat)
