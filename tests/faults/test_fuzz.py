@@ -206,12 +206,16 @@ def test_checkpoints(checkpoint, data):
     elif got is None: sentence(load_sage, path)
 
 
-@pytest.mark.parametrize('was, bad', [(b'K\x01K\x05K\x04\x87', b'K\x87'), (b'K\x01K\x05K\x04\x87', b')'), (b'\x89ccollections', b'ccollections'), (b'K\x01K\x05K\x04\x87', b'NNN\x87'), (b'X\x03\x00\x00\x00cpu', b'X\x03\x00\x00\x00cpx'), (b'FloatStorage', b'FloatStorag_')])
-def test_a_checkpoint_whose_tensors_are_none(tmp_path, was, bad):
-    "Found by fuzzing: torch's reader does not check what it is told to build."
+UNREADABLE, INCOMPLETE = 'o.pth is not a readable checkpoint', 'the checkpoint has no '
+
+
+@pytest.mark.parametrize('was, bad, says', [(b'K\x01K\x05K\x04\x87', b'K\x87', UNREADABLE), (b'K\x01K\x05K\x04\x87', b')', UNREADABLE), (b'\x89ccollections', b'ccollections', UNREADABLE), (b'K\x01K\x05K\x04\x87', b'NNN\x87', UNREADABLE),
+                                            (b'X\x03\x00\x00\x00cpu', b'X\x03\x00\x00\x00cpx', INCOMPLETE), (b'FloatStorage', b'FloatStorag_', UNREADABLE)])
+def test_a_checkpoint_whose_tensors_are_none(tmp_path, was, bad, says):
+    "Found by fuzzing: torch's reader does not check what it is told to build. A device of no known name does no harm, for all is read into memory: then only the other names of a SAGE are missing."
     torch.save(dict(model_state_dict={'backbone.model.pos_embed': torch.zeros(1, 5, 4)}), tmp_path/'o.pth')
     with zipfile.ZipFile(tmp_path/'o.pth') as z: parts = {n: z.read(n) for n in z.namelist()}
     assert any(was in data for data in parts.values())
     with zipfile.ZipFile(tmp_path/'o.pth', 'w', zipfile.ZIP_STORED) as z:
         for n, data in parts.items(): z.writestr(n, data.replace(was, bad) if n.endswith('data.pkl') else data)
-    with pytest.raises(UserError, match='o.pth is not a readable checkpoint|the checkpoint has no '): load_official(tmp_path/'o.pth')    # torch takes some device names that are none
+    with pytest.raises(UserError, match=says): load_official(tmp_path/'o.pth')
