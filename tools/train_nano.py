@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from sage.backbone import nano_vit, pack_nano
-from sage.core import stream
+from sage.core import has_bfloat16, stream
 from sage.render import CONDITIONS, Camera, Condition, Photographer, draw_condition
 from sage.retrieval import recall_at_k
 from sage.sources import by_radius, world
@@ -173,7 +173,7 @@ def main():
         photos, noon, far = (d[rows].flatten(0, 1) for d in data)
         if torch.rand((), generator=generator) < .5: photos, noon, far = photos.flip(2), noon.flip(2), far.view(-1, 8, 8).flip(2).reshape(-1, 64)
         for g in opt.param_groups: g['lr'] = a.lr * min(1, (step + 1) / 200) * (.5 + .5 * math.cos(math.pi * done))
-        with torch.autocast('cpu', dtype=torch.bfloat16):
+        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=has_bfloat16()):
             look, distance, agree = learner(photos, noon, far, keep=.5 if done < .8 else 1.)
         loss = looking * (look + distance * 2 * (a.source == 'towns')) + (a.agree if looking else 1.) * agree
         opt.zero_grad(); loss.backward()
