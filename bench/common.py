@@ -2,12 +2,14 @@
 
 Every script prints ratios against a named alternative and writes one JSON file (`--out`, default bench/results/NAME.json).
 """
-import argparse, importlib.metadata, json, multiprocessing, os, platform, time
+import argparse, importlib.metadata, json, multiprocessing, os, platform, sys, time
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+sys.path.append(str(Path(__file__).resolve().parents[1]/'tools'))            # models and pictures that are no part of the package
 
 CITIES = 'trondheim london boston melbourne amsterdam helsinki tokyo toronto saopaulo moscow zurich paris bangkok budapest austin berlin ottawa phoenix goa amman nairobi manila'.split()
 MORE = 'lisbon oslo lima quito rabat seoul delhi kigali'.split()

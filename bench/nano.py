@@ -7,8 +7,8 @@ import time
 import torch
 
 from common import arguments, keep
+from grid import GridModel                # of tools/
 from sage.model import create_sage
-from sage.where import GridModel
 
 
 def rate(model, images, turns):

@@ -16,9 +16,9 @@ from sage.benchmark import describe_table, score
 from sage.images import load_image
 from sage.model import create_sage
 from sage.sources import evaluation_sets
-from sage.where import GridModel
 
 from common import arguments, keep
+from grid import GridModel                # of tools/
 
 SHARED = Path(os.environ.get('SAGE_SHARED', Path(__file__).parents[2]/'shared'))
 

@@ -125,7 +125,7 @@ def eval_parser():
     "Arguments of `sage_eval`."
     p = Parser('sage_eval', description='Recall of a checkpoint on benchmarks or folders, with the protocol it was measured by.')
     p.add_argument('--checkpoint', metavar='FILE|RUN', help="a .safetensors file, a run folder (its best epoch), the authors' .pth, or world: the packaged SAGE, trained on rendered towns")
-    p.add_argument('--backbone', metavar='NAME', help='without --checkpoint: an untrained SAGE on this backbone; without either, the packaged small backbone as it is')
+    p.add_argument('--backbone', metavar='NAME', help='without --checkpoint: an untrained SAGE on this backbone; without either, the packaged SAGE')
     p.add_argument('--data', action='append', default=[], metavar='PATH|world', help='an evaluation set of your own: database and queries with @ names, or ref and query')
     p.add_argument('--benchmark', action='append', default=[], metavar='NAME,NAME', help='benchmarks by name, below --data-root')
     p.add_argument('--data-root', metavar='FOLDER', help='folder that holds the benchmarks; default $SAGE_DATA')

@@ -35,8 +35,8 @@ def add_model_flags(
 ):
     "Which model describes, how, and where."
     p.add_argument('--checkpoint', metavar='FILE|RUN', help="a .safetensors file, a run folder (its best epoch), the authors' .pth, or world: the packaged SAGE, trained on rendered towns")
-    p.add_argument('--backbone', metavar='NAME', help='without --checkpoint: an untrained SAGE on this backbone; without either, the packaged small backbone as it is')
-    p.add_argument('--size', type=size, metavar='SIDE|HxW', help="image size; default the checkpoint's evaluation size, else 322; 224 for the packaged backbone")
+    p.add_argument('--backbone', metavar='NAME', help='without --checkpoint: an untrained SAGE on this backbone; without either, the packaged SAGE')
+    p.add_argument('--size', type=size, metavar='SIDE|HxW', help="image size; default the checkpoint's evaluation size, else 322; 112 for the packaged SAGE")
     p.add_argument('--batch-size', type=count, default=32, metavar='N', help='images at a time')
     p.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1')
     max_bad_flag(p)

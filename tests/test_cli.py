@@ -211,7 +211,7 @@ def test_bad_eval(argv, says, sets, capsys):
 
 def test_eval_without_a_model_says_who_answers(sets, capsys):
     code, out, err = run('eval', '--data', sets/'bestadt', '--size', 56, '--quiet', capsys=capsys)
-    assert code == 0 and 'the packaged small backbone' in out and err.startswith('no --checkpoint') and err.count('\n') == 1
+    assert code == 0 and 'the packaged small SAGE' in out and err.startswith('no --checkpoint') and err.count('\n') == 1
     code, out, err = run('eval', '--checkpoint', 'world', '--data', sets/'bestadt', '--size', 56, '--quiet', capsys=capsys)
     assert code == 0 and 'sage_world' in out and not err
 

@@ -35,7 +35,7 @@ def ready(tmp_path_factory):
     for i in range(30): photo(t/'town'/f'{i:02d}.png', i//3, 55.7 + i//3*1e-3, 13.19 + i%3*1e-4, 2*(i % 3))
     photo(t/'town'/EVIL, 11, 55.711, 13.19); photo(t/'town'/'nogps.png', 5)
     photo(t/'new.png', 4, 55.7041, 13.1901, 3); photo(t/'elsewhere.png', 77)
-    cli.sage_where(['--map', str(t/'town'), '--size', '56', '--quiet'])
+    cli.sage_where(['--map', str(t/'town'), '--size', '112', '--quiet'])
     return t
 
 
@@ -57,32 +57,32 @@ def run(name, *argv, capsys):
 
 def test_a_csv_that_is_not_read_is_named(t, capsys):
     (t/'town'/'places.csv').write_text('Path;Latitude\n00.png;55,7\n')
-    code, out, err = run('where', '--map', t/'town', '--size', 56, capsys=capsys)
+    code, out, err = run('where', '--map', t/'town', '--size', 112, capsys=capsys)
     assert code == 0 and 'places.csv is not read: it has no column path' in out and '31 photographs' in out
 
 
 def test_names_do_not_overwrite_a_csv_of_yours(t, capsys):
     (t/'d.csv').write_text('mine')
-    code, out, err = run('describe', t/'new.png', '-o', t/'d.npy', '--size', 56, capsys=capsys)
+    code, out, err = run('describe', t/'new.png', '-o', t/'d.npy', '--size', 112, capsys=capsys)
     assert code == 2 and 'd.csv is there already' in err and (t/'d.csv').read_text() == 'mine' and not (t/'d.npy').exists()
     (t/'d.csv').unlink()
     for _ in range(2):
-        code, out, err = run('describe', t/'new.png', '-o', t/'d.npy', '--size', 56, capsys=capsys)
+        code, out, err = run('describe', t/'new.png', '-o', t/'d.npy', '--size', 112, capsys=capsys)
         assert code == 0 and 'd.npy and d.csv: 1 descriptors' in out
 
 
 # ---- good input
 
 def test_where_in_words(ready, capsys):
-    code, out, err = run('where', ready/'new.png', ready/'elsewhere.png', '--map', ready/'town', '--size', 56, capsys=capsys)
+    code, out, err = run('where', ready/'new.png', ready/'elsewhere.png', '--map', ready/'town', '--size', 112, capsys=capsys)
     assert code == 0 and not err
-    for part in ('answering: the packaged small backbone', 'DINOv2', '31 photographs', 'left out: 1 of 32: nogps.png: no GPS position in EXIF', 'calibrated on the map itself', 'new.png: in this map', 'elsewhere.png: not in this map', 'm from the first answer'): assert part in out, out
+    for part in ('answering: the packaged small SAGE', 'DINOv2', '31 photographs', 'left out: 1 of 32: nogps.png: no GPS position in EXIF', 'calibrated on the map itself', 'new.png: in this map', 'elsewhere.png: not in this map', 'm from the first answer'): assert part in out, out
     first = next(l for l in out.splitlines() if l.startswith('  1  '))
     assert '55.704' in first and '3 there' in first
 
 
 def test_where_as_json(ready, capsys):
-    code, out, err = run('where', ready/'new.png', ready/'elsewhere.png', ready/'town'/'05.png', '--map', ready/'town', '--size', 56, '--json', '--top', 3, capsys=capsys)
+    code, out, err = run('where', ready/'new.png', ready/'elsewhere.png', ready/'town'/'05.png', '--map', ready/'town', '--size', 112, '--json', '--top', 3, capsys=capsys)
     got = json.loads(out)
     assert code == 0 and 'answering' in err and got['photographs'] == 31 and got['left_out'] == [['nogps.png', 'no GPS position in EXIF']] and set(got['threshold']) == {'distance', 'right_refused', 'wrong_believed'}
     new, other, own = got['photos']
@@ -95,7 +95,7 @@ def test_where_as_json(ready, capsys):
 
 def test_where_grows_with_the_folder(t, capsys):
     photo(t/'town'/'30.png', 4, 55.70401, 13.19, 3); (t/'town'/'00.png').unlink()
-    code, out, err = run('where', t/'new.png', '--map', t/'town', '--size', 56, capsys=capsys)
+    code, out, err = run('where', t/'new.png', '--map', t/'town', '--size', 112, capsys=capsys)
     assert code == 0 and '31 photographs' in out and '30.png' in out.split('\n  2  ')[0]
 
 
@@ -111,11 +111,11 @@ def test_where_with_a_checkpoint(t, capsys):
 
 def test_describe(t, capsys):
     (t/'town'/'broken.jpg').write_bytes(b'\xff\xd8\xff')
-    code, out, err = run('describe', t/'town', t/'new.png', '-o', t/'out'/'d.npy', '--size', 56, '--batch-size', 7, capsys=capsys)
+    code, out, err = run('describe', t/'town', t/'new.png', '-o', t/'out'/'d.npy', '--size', 112, '--batch-size', 7, capsys=capsys)
     assert code == 0 and 'written' in out and '1 of 34 images cannot be read' in err and 'broken.jpg' in err
     d, names = np.load(t/'out'/'d.npy', mmap_mode='r'), pd.read_csv(t/'out'/'d.csv')
-    assert d.shape == (33, 3264) and d.dtype == np.float32 and len(names) == 33 and names.image.iloc[-1] == str(t/'new.png') and np.allclose(np.linalg.norm(d, axis=1), 1, atol=1e-5)
-    assert run('describe', t/'town', t/'new.png', '-o', t/'out'/'d.parquet', '--size', 56, capsys=capsys)[0] == 0
+    assert d.shape == (33, 8448) and d.dtype == np.float32 and len(names) == 33 and names.image.iloc[-1] == str(t/'new.png') and np.allclose(np.linalg.norm(d, axis=1), 1, atol=1e-5)
+    assert run('describe', t/'town', t/'new.png', '-o', t/'out'/'d.parquet', '--size', 112, capsys=capsys)[0] == 0
     table = pd.read_parquet(t/'out'/'d.parquet')
     import pyarrow as pa, pyarrow.parquet as pq
     assert pq.read_schema(t/'out'/'d.parquet').field('embedding').type == pa.list_(pa.float32())
@@ -125,10 +125,10 @@ def test_describe(t, capsys):
 
 def test_describe_a_csv(t, capsys):
     (t/'list.csv').write_text('path,lat,lon\ntown/03.png,1.5,2.5\ntown/nogps.png,,\n')
-    code, _, err = run('describe', t/'list.csv', '-o', t/'d.parquet', '--size', 56, capsys=capsys); assert code == 0, err
+    code, _, err = run('describe', t/'list.csv', '-o', t/'d.parquet', '--size', 112, capsys=capsys); assert code == 0, err
     table = pd.read_parquet(t/'d.parquet'); assert [Path(i).name for i in table.image] == ['03.png', 'nogps.png'] and table.lat[0] == 1.5 and np.isnan(table.lat[1])
     (t/'list.csv').write_text('path\ntown/03.png\n')
-    assert run('describe', t/'list.csv', '-o', t/'d.parquet', '--size', 56, capsys=capsys)[0] == 0 and abs(pd.read_parquet(t/'d.parquet').lat[0] - 55.701) < 1e-6
+    assert run('describe', t/'list.csv', '-o', t/'d.parquet', '--size', 112, capsys=capsys)[0] == 0 and abs(pd.read_parquet(t/'d.parquet').lat[0] - 55.701) < 1e-6
 
 
 def test_npy_header_is_numpys(tmp_path):
@@ -160,13 +160,13 @@ def several(t): [(t/'town'/f'{n}.csv').write_text('path,lat,lon\n') for n in 'ab
     (lambda t: [t/'new.png'], '--map'), (lambda t: [t/'new.png', '--map', t/'nowhere'], 'no such folder'), (lambda t: [t/'new.png', '--map', t/'new.png'], 'not a folder'), (empty_folder, 'holds no images'), (no_gps, ('no GPS', 'csv')),
     (csv_map('path,lat\n00.png,55.7\n'), "'lon'"), (csv_map('path,lat,lon\n00.png,55.7,x\n'), "'x'"), (csv_map('path,lat,lon\ngone.png,55.7,13\n'), 'gone.png'), (csv_map('path,lat,lon\n00.png,155.7,13\n'), 'swapped'), (csv_map('path,lat,lon\n../new.png,5,1\n'), 'leads out'),
     (several, 'several csv files'), (lambda t: [t/'new.png', '--map', t/'town', '--csv', t/'no.csv'], 'no.csv'),
-    (lambda t: [t/'new.png', '--map', t/'town', '--size', 70], ('56x56', '--rebuild')), (lambda t: [t/'new.png', '--map', t/'town', '--backbone', 'sage_nano'], ('another model', '--rebuild')), (damaged, ('damaged', '--rebuild')), (damaged_json, ('damaged', '--rebuild')), (blocked, '--index'),
+    (lambda t: [t/'new.png', '--map', t/'town', '--size', 70], ('112x112', '--rebuild')), (lambda t: [t/'new.png', '--map', t/'town', '--backbone', 'sage_nano'], ('another model', '--rebuild')), (damaged, ('damaged', '--rebuild')), (damaged_json, ('damaged', '--rebuild')), (blocked, '--index'),
     (lambda t: [t/'new.png', '--map', t/'town', '--index', t/'new.png'/'i'], '--index'), (lambda t: [t/'new.png', '--map', t/'town', '--size', 57], ('57', '56', '70')), (lambda t: [t/'new.png', '--map', t/'town', '--size', 'big'], 'big'),
     (lambda t: [t/'new.png', '--map', t/'town', '--top', 0], '--top'), (lambda t: [t/'new.png', '--map', t/'town', '--radius', -1], '--radius'), (lambda t: ['--map', t/'town', '--page', t/'p.html'], '--page'), (lambda t: [t/'new.png', '--map', t/'town', '--page', t/'town'], 'in the way'),
     (lambda t: [t/'new.png', '--map', t/'town', '--page', t/'new.png'/'p.html'], 'p.html'), (lambda t: [t/'new.png', '--map', t/'town', '--checkpoint', t/'no.safetensors'], 'no.safetensors'), (lambda t: [t/'new.png', '--map', t/'town', '--device', 'cuda:77'], 'cuda:77'), (lambda t: [t/'new.png', '--map', t/'town', '--fast'], '--fast'),
 ], ids=lambda v: (v if isinstance(v, str) else ' '.join(v)) if isinstance(v, (str, tuple)) else '')
 def test_bad_questions(make, says, t, capsys):
-    argv = make(t); size = [] if '--size' in argv or '--checkpoint' in argv else ['--size', 56]
+    argv = make(t); size = [] if '--size' in argv or '--checkpoint' in argv else ['--size', 112]
     code, _, err = run('where', *argv, *size, capsys=capsys)
     assert code == 2 and len(err.strip().splitlines()) == 1 and err.startswith('sage_where: '), err
     for part in (says,) if isinstance(says, str) else says: assert part in err, err
@@ -187,7 +187,7 @@ def test_bad_descriptions(make, says, t, capsys):
 def test_as_a_process(ready, tmp_path):
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get('PYTHONPATH', '')]))
     go = lambda *argv: subprocess.run([sys.executable, '-W', 'ignore', '-m', 'sage.cli', *map(str, argv)], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
-    done = go('where', ready/'new.png', '--map', ready/'town', '--size', 56, '--quiet', '--json', '--index', tmp_path/'index')
+    done = go('where', ready/'new.png', '--map', ready/'town', '--size', 112, '--quiet', '--json', '--index', tmp_path/'index')
     assert done.returncode == 0 and json.loads(done.stdout)['photos'][0]['in_map'] is True, done.stderr
     done = go('where', 'no.jpg', '--map', ready/'town')
     assert done.returncode == 2 and done.stdout == '' and done.stderr.strip() == f'sage_where: {tmp_path}/no.jpg: no such file; check the path'
@@ -213,7 +213,7 @@ def test_training_on_a_folder_of_photos(ready, tmp_path, capsys):
 # ---- the page
 
 def test_the_page_asks_for_nothing(ready, tmp_path, capsys):
-    code, out, err = run('where', ready/'new.png', ready/'elsewhere.png', '--map', ready/'town', '--size', 56, '--page', tmp_path/'p.html', capsys=capsys)
+    code, out, err = run('where', ready/'new.png', ready/'elsewhere.png', '--map', ready/'town', '--size', 112, '--page', tmp_path/'p.html', capsys=capsys)
     assert code == 0 and f'written: {tmp_path}/p.html' in out
     page = (tmp_path/'p.html').read_text().replace(leaflet_head(), '')
     assert not re.findall(r'(?:src|href)\s*=\s*["\']?((?:https?:)?//[^"\'\s>]+)|url\(["\']?((?:https?:)?//[^)]+)\)|(tile[^"\']*/\{z\}[^"\']*)', page)
@@ -246,7 +246,7 @@ def page(chromium):
 @pytest.mark.browser
 def test_the_page_in_a_browser(ready, page, tmp_path, capsys):
     evil = shutil.copy(ready/'new.png', tmp_path/EVIL); photo(tmp_path/'11.png', 11, shift=1)
-    assert run('where', evil, tmp_path/'11.png', '--map', ready/'town', '--size', 56, '--page', tmp_path/'p.html', capsys=capsys)[0] == 0
+    assert run('where', evil, tmp_path/'11.png', '--map', ready/'town', '--size', 112, '--page', tmp_path/'p.html', capsys=capsys)[0] == 0
     page.goto((tmp_path/'p.html').as_uri()); page.wait_for_timeout(300)
     assert page.locator('.sage-pin').count() == 5 and 'in this map' in page.locator('.sage-note').inner_text() and EVIL in page.locator('.sage-note').inner_text()
     page.locator('.sage-pin', has_text='1').first.click()

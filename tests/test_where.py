@@ -13,7 +13,7 @@ from pyproj import Geod
 from sage import where
 from sage.core import MissingPath, UserError, stream
 from sage.photos import photo_label
-from sage.where import (GridModel, ask, calibrate, confidence, describe_files, distinct_places, ground_metres, in_map, in_space, list_map, model_hash, own_rows, read_map, threshold, update_map, write_map)
+from sage.where import (ask, calibrate, confidence, describe_files, distinct_places, ground_metres, in_map, in_space, list_map, model_hash, own_rows, packaged_model, read_map, threshold, update_map, write_map)
 
 SIZE = 56
 
@@ -38,7 +38,7 @@ def walk(folder, places=10, views=3, lat=55.7, lon=13.19):
 
 
 @pytest.fixture(scope='module')
-def model(): return GridModel()
+def model(): return packaged_model()[0]
 
 
 @pytest.fixture
@@ -190,9 +190,14 @@ def test_maps_across_the_date_line_and_without_degrees(tmp_path, model):
 
 # ---- growing
 
-class Counting(GridModel):
-    asked = 0
-    def describe(self, images): self.asked += len(images); return super().describe(images)
+class Counting(torch.nn.Module):
+    "The packaged model, and how many images it described."
+    def __init__(self):
+        super().__init__()
+        self.inner, self.asked = packaged_model()[0], 0
+        self.dim, self.patch = self.inner.dim, self.inner.patch
+
+    def describe(self, images): self.asked += len(images); return self.inner.describe(images)
 
 
 def test_only_what_is_new_is_described(town):
@@ -203,7 +208,7 @@ def test_only_what_is_new_is_described(town):
     photo(town/'nogps.png', 3); (town/'broken.png').write_bytes(b'\x89PNG'); (town/'empty.jpg').touch()
     m = update_map(town, model, SIZE); assert model.asked == 32 and m.index.ntotal == 30
     assert {i: 'GPS' in r for i, r in m.left_out} == {'nogps.png': True, 'broken.png': False, 'empty.jpg': False}
-    fresh = update_map(town, GridModel(), SIZE, folder=town.parent/'fresh')
+    fresh = update_map(town, packaged_model()[0], SIZE, folder=town.parent/'fresh')
     a, b = ({i: m.index.reconstruct(n) for n, i in enumerate(m.photos.image)} for m in (m, fresh))
     assert set(a) == set(b)
     for i in a: np.testing.assert_allclose(a[i], b[i], atol=1e-6)
@@ -242,7 +247,7 @@ def test_positions_from_exif_then_csv_then_exif(town):
     (town/'where.csv').unlink()
     m = update_map(town, model, SIZE); assert m.index.ntotal == 30 and model.asked == 32                # 29.png is back, and described again
     np.testing.assert_allclose(m.photos.set_index('image')[['lat', 'lon']].loc[exif.index], exif, atol=1e-9)
-    fresh = update_map(town, GridModel(), SIZE, folder=town.parent/'fresh')
+    fresh = update_map(town, packaged_model()[0], SIZE, folder=town.parent/'fresh')
     a, b = ({i: m.index.reconstruct(n) for n, i in enumerate(m.photos.image)} for m in (m, fresh))
     assert set(a) == set(b) and all(np.allclose(a[i], b[i], atol=1e-6) for i in a)
     state = (town/'.sage'/'index.json').read_text(); update_map(town, model, SIZE); assert model.asked == 32 and (town/'.sage'/'index.json').read_text() == state
@@ -333,7 +338,7 @@ def test_a_damaged_index_is_refused_and_can_be_made_again(harm, copy, model):
 
 
 def test_a_stale_index_is_refused(copy, model):
-    other = GridModel(); other.backbone.model.blocks[0].attn.qkv.weight.data[0, 0] += 1e-4               # frozen weights count, too
+    other = packaged_model()[0]; other.backbone.model.blocks[0].attn.qkv.weight.data[0, 0] += 1e-4               # frozen weights count, too
     says("made by another model ('grid')", update_map, copy, other, SIZE, 'new'); says('made at 56x56 pixels, not 70x70', update_map, copy, model, 70)
     assert update_map(copy, other, SIZE, rebuild=True).index.ntotal == 30
     says('no multiple', update_map, copy, model, 57)
@@ -359,17 +364,17 @@ def test_useless_folders(tmp_path, model):
 
 
 def test_a_model_that_gives_nan(town):
-    model = GridModel(); model.backbone.model.norm.bias.data[:] = float('nan')
+    model = packaged_model()[0]; model.backbone.model.norm.bias.data[:] = float('nan')
     says('NaN', update_map, town, model, SIZE); assert not (town/'.sage'/'index.json').exists()
 
 
 # ---- real photographs
 
 def test_lund_photo_by_photo(shared, tmp_path, model):
-    "29 photographs of a street in Lund, each held out in turn, with the packaged backbone as it is."
+    "29 photographs of a street in Lund, each held out in turn, with the packaged SAGE."
     lund = shared/'data'/'lund'
     if not lund.exists(): pytest.skip('no Lund photographs')
-    m = update_map(lund, model, 224, folder=tmp_path/'index')
+    m = update_map(lund, model, 112, folder=tmp_path/'index')
     f, xyz = m.index.reconstruct_n(0, 29), m.xyz
     asked = [ask(m, f[i], skip=own_rows(m, lund/m.photos.image[i])) for i in range(29)]
     off = [ground_metres(in_space(a), xyz[i]) for i, a in enumerate(asked)]

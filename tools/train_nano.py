@@ -27,8 +27,9 @@ from sage.render import CONDITIONS, Camera, Condition, Photographer, draw_condit
 from sage.retrieval import recall_at_k
 from sage.sources import by_radius, world
 from sage.town import Town, headings
-from sage.where import GridModel, describe_files
+from sage.where import describe_files
 
+from grid import GridModel
 from pictures import dead_leaves, palette, weather
 
 SEED, SIZE, PATCH = 90210, 112, 14

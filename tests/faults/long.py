@@ -41,7 +41,7 @@ def opened(folder):
     run.recalls(), run.epochs()
     read = time.perf_counter() - start
     bench = Workbench(run)
-    bench.wait()
+    bench.wait(600)
     bench.close()
     return len(run.epochs()), read, time.perf_counter() - start
 
