@@ -9,7 +9,6 @@ __all__ = ['COLUMNS', 'ROLES', 'SPLITS', 'fill_table', 'check_table', 'make_tabl
 # %% ../nbs/02_places.ipynb #6c711624
 import numpy as np
 import pandas as pd
-from sklearn.cluster import DBSCAN
 
 from .core import UserError
 
@@ -110,5 +109,7 @@ def make_places(
     if not size > 0: raise UserError(f'a place cannot have the size {size}; give metres above 0')
     if not len(xy): return np.zeros(0, dtype=np.int64)
     if method == 'grid': return np.unique(np.floor(xy / size), axis=0, return_inverse=True)[1].ravel().astype(np.int64)
-    if method == 'dbscan': return DBSCAN(eps=size, min_samples=1).fit(xy).labels_.astype(np.int64)
+    if method == 'dbscan':
+        from sklearn.cluster import DBSCAN                           # slow to import
+        return DBSCAN(eps=size, min_samples=1).fit(xy).labels_.astype(np.int64)
     raise UserError(f"places cannot be made by {method!r}; use 'grid' or 'dbscan'")

@@ -11,7 +11,6 @@ __all__ = ['check_descriptors', 'check_finite', 'in_threads', 'widened', 'chunks
 from concurrent.futures import ThreadPoolExecutor
 import faiss
 import numpy as np, pandas as pd
-from sklearn.decomposition import PCA
 from .core import UserError, seed_of
 from .bits import jit
 from .graph import as_bits, number, squared_distance, squared_lengths
@@ -277,6 +276,7 @@ def fit_pca(
     x = check_descriptors(descriptors, 'descriptors')
     if not 1 <= dim <= min(x.shape) or len(x) < 2: raise UserError(f'PCA to {dim} dimensions needs at least {max(dim, 2)} images and {dim} dimensions; here are {x.shape[0]} images of {x.shape[1]} numbers')
     x, solver = np.vstack([piece for _, piece in chunks(x, 'descriptors')]), pca_solver(*x.shape, dim)
+    from sklearn.decomposition import PCA                            # slow to import
     with np.errstate(invalid='ignore'): fit = PCA(dim, svd_solver=solver, random_state=seed_of(seed, 'pca') % 2**32).fit(x)
     if not np.isfinite(fit.explained_variance_ratio_).all(): raise UserError(f'all {len(x)} descriptors are equal: there is no direction to keep; give images of different places')
     found = dict(mean=fit.mean_, components=fit.components_, variance=fit.explained_variance_)

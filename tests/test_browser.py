@@ -295,7 +295,7 @@ def test_the_live_lesson_runs(browser, tmp_path):
     for was, now in SMALLER.items():
         assert sum(was in c for c in cells) == 1, f'the lesson no longer says {was!r}; say here what makes it small'
         cells = [c.replace(was, now) for c in cells]
-    notebook(tmp_path/'lesson.ipynb', *[c for c in cells if c != 'bench.close()'])
+    notebook(tmp_path/'lesson.ipynb', *cells)
     with lab(tmp_path) as url:
         d = Desk(browser, url)
         d.open('lesson.ipynb')

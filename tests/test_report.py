@@ -6,7 +6,7 @@ import pytest
 
 from sage.core import UserError
 from sage.run import Run
-from sage.viz.report import LIMIT, figure_html, report_html, sections, some_epochs, telling_place, telling_queries, write_report
+from sage.viz.report import LIMIT, faces_html, figure_html, report_html, sections, some_epochs, telling_place, telling_queries, write_report
 from sage.viz.toy import toy_run
 
 @pytest.fixture(scope='module')
@@ -35,6 +35,14 @@ def test_figures_are_json_that_cannot_end_its_script(page):
     found = re.findall(r'<script type="application/json">(.*?)</script>', page, flags=re.S)
     assert len(found) >= 10
     for text in found: assert '<' not in text and {'data', 'layout', 'config'} <= set(json.loads(text))
+
+def test_the_mouse_finds_a_picture_of_every_place_and_image(run, page):
+    told = lambda text: json.loads(re.search(r'id="faces">(.*?)</script>', text)[1])
+    known = {'places': len(run.nodes()), 'images of Otherville': len(run.table('Otherville'))}
+    assert {name: len(pictures) for name, pictures in told(page).items()} == known and all(p.startswith('data:image/') for p in told(page)['places'])
+    asking = [json.loads(text)['layout'].get('meta') for text in re.findall(r'<script type="application/json">(.*?)</script>', page, flags=re.S)]
+    assert sorted(a for a in asking if a) == ['images of Otherville', 'places', 'places']
+    assert told(faces_html(run, 10**8, known['places'])).keys() == {'places'} and told(faces_html(run, 100)) == {}
 
 def test_recalls_are_those_of_the_run(run, page):
     last = run.recalls().query('epoch == 2 and k == 1').recall.iloc[-1]

@@ -136,6 +136,15 @@ def test_bad_input():
 
 # figures
 
+def contrast(color, page):
+    "Of two colours '#rrggbb', as the Web Content Accessibility Guidelines define it: 1 to 21."
+    light = lambda c: np.dot([.2126, .7152, .0722], [v/12.92 if v <= .04045 else ((v + .055)/1.055)**2.4 for v in (int(c[i:i+2], 16)/255 for i in (1, 3, 5))]) + .05
+    return max(light(color), light(page))/min(light(color), light(page))
+
+@pytest.mark.parametrize('dark, page', [(False, '#FFFFFF'), (True, '#212121')])
+def test_edges_are_seen_on_either_page(run, dark, page):
+    assert min(contrast(t.line.color, page) for t in graph_figure(run, -1, dark=dark).data[:6]) > 3.4
+
 def test_figure_of_a_run(run, tmp_path):
     fig = graph_figure(run)
     assert [f.name for f in fig.frames] == [str(e) for e in run.epochs()] and len(fig.layout.sliders[0].steps) == 5

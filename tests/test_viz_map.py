@@ -112,11 +112,22 @@ def test_hostile_names(run, tmp_path):
     for name in ('tip', 'card'):
         for value in re.findall(rf'"{name}": ("(?:[^"\\]|\\.)*")', page): assert '<img src=x' not in json.loads(value) and '<script' not in json.loads(value)
 
+def drawn(page):
+    "The GeoJSON collections of a page, in order."
+    return [json.loads(data)['features'] for data in re.findall(r'_add\((\{.*\})\);', page)]
+
 def test_layers(run):
     assert layer(features('Point', [])) is None
     page = map_html(clique_map(run, [0, 1], [0, 1, 2], hard=1))
     for e, b in np.ndindex(2, 3): assert f'epoch {e} \\u00b7 batch {b}' in page
-    assert page.count('"type": "Point"') == 600 + 6*32 and len(re.findall(r'"slot": \d', page)) == 6*32          # each member knows its clique
+    streets, photographs, *rest = drawn(page)
+    assert len(streets) == 1 and len(photographs) == 600 and len(rest) == 6*4
+    for hard, lines, others, anchors in zip(*[iter(rest)]*4):
+        assert {f['geometry']['type'] for f in hard} == {'LineString'} and {f['geometry']['type'] for f in others + anchors} == {'Point'}
+        assert [f['geometry']['type'] for f in lines] == ['MultiLineString']*8 and all(len(f['geometry']['coordinates']) == 6 for f in lines)      # a line for each pair of four members
+        assert [f['properties']['slot'] for f in anchors] == list(range(8))
+        assert [f['properties']['slot'] for f in others] == [s for s in range(8) for _ in range(3)]          # each member knows its clique; a line has its clique's colour and is not asked
+        assert [f['properties']['color'] for f in lines] == [f['properties']['color'] for f in anchors]
 
 def test_several_cities(run, tmp_path):
     table, cliques = run.table(), run.cliques(0)

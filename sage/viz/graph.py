@@ -177,12 +177,14 @@ def epoch_words(
 def _frame_of(
     view:View,       # the first view
     scores,          # (lowest, highest) of the colours
+    dark=None,       # see `template`
 ) -> list:           # traces of the figure
     "The view's traces with everything that stays the same from epoch to epoch."
     size, out = view.traces[7]['marker']['size'], []
     few = size > 4
     for i, trace in enumerate(view.traces[:6]):
         look = list(STATES.values())[i//2]
+        if dark and i//2 == 1: look = look | dict(color=COLORS['sky'])                  # the blue of new edges drowns in a dark page
         style = dict(mode='lines', line=dict(look, width=(.9, 1.9)[i % 2]), opacity=(.45, .7, .75, .95, .75, .95)[i], hoverinfo='skip', legendgroup=str(i//2), showlegend=bool(i % 2))
         out.append(go.Scattergl(**trace, **style))
     for trace, name in zip(view.traces[6:8], ('nobody within 25 m', 'place')):
@@ -250,7 +252,7 @@ def graph_figure(
     xy = {e: map_positions(t) if positions is None else np.asarray(_positions(positions, e), np.float32) for e, t in tables.items()}
     views = {e: graph_view(t, run.edges(e), xy[e], window, limit, selection, e) for e, t in tables.items()}
     last = views[epochs[-1]]
-    fig = go.Figure(_frame_of(last, score_range(tables.values())), graph_layout(np.concatenate(list(xy.values())), positions is None, window, dark, height))
+    fig = go.Figure(_frame_of(last, score_range(tables.values()), dark), graph_layout(np.concatenate(list(xy.values())), positions is None, window, dark, height))
     fig.update_layout(title=last.title)
     if positions is None: name_cities(fig, tables[epochs[-1]], xy[epochs[-1]])
     if len(epochs) > 1:

@@ -91,14 +91,23 @@ def city_streets(
 # %% ../../nbs/51_viz_map.ipynb #d65f4e96
 STYLE = '''<style>.leaflet-container{background:%s;font-family:system-ui,"DejaVu Sans",sans-serif;font-size:13px!important} .leaflet-popup-content{margin:10px 14px;font-size:13px} .leaflet-popup-content td{vertical-align:top;padding:1px 4px}
 .leaflet-popup-content img{border-radius:4px;display:block} .leaflet-tooltip table td{padding:0} .sage-star{font:22px/22px "DejaVu Sans",sans-serif;text-align:center;text-shadow:-1px 0 #fff,1px 0 #fff,0 1px #fff,0 -1px #fff,0 0 3px #000}
-.sage-note{position:absolute;left:12px;bottom:62px;z-index:800;max-width:340px;padding:7px 11px;border-radius:5px;background:rgba(255,255,255,.9);color:#333;font:12px/1.45 system-ui,"DejaVu Sans",sans-serif;box-shadow:0 1px 4px rgba(0,0,0,.3)}
+.sage-note{position:absolute;left:12px;bottom:44px;z-index:800;max-width:340px;padding:7px 11px;border-radius:5px;background:rgba(255,255,255,.9);color:#333;font:12px/1.45 system-ui,"DejaVu Sans",sans-serif;box-shadow:0 1px 4px rgba(0,0,0,.3)}
 .sage-note b{font-size:13px} .leaflet-control-layers{max-height:70vh;overflow-y:auto;color:#333}</style>'''
-DARK = '''<style>.sage-note,.leaflet-control-layers,.leaflet-bar a,.leaflet-popup-content-wrapper,.leaflet-popup-tip,.leaflet-control-scale-line{background:#2B2B2B!important;color:#D8D8D8!important;border-color:#555!important}
+DARK = '''<style>.sage-note,.leaflet-control-layers,.leaflet-bar a,.leaflet-popup-content-wrapper,.leaflet-popup-tip,.leaflet-tooltip,.leaflet-control-scale-line{background:#2B2B2B!important;color:#D8D8D8!important;border-color:#555!important;text-shadow:none}
 .leaflet-control-attribution{background:#2B2B2BB0!important;color:#AAA!important} .leaflet-control-attribution a{color:#8AB8E0!important} .sage-note a{color:#8AB8E0}</style>'''
 
 # %% ../../nbs/51_viz_map.ipynb #77f9fb64
 TALK = """window.addEventListener('load', () => {
-  const map = THE_MAP, out = () => (window.sageBounds ? map.fitBounds(window.sageBounds, {padding: [24, 24], maxZoom: 20}) : 0); let ring = null;
+  const map = THE_MAP, size = name => {const e = document.querySelector(name); return e ? [e.offsetWidth, e.offsetHeight] : [0, 0];}; let ring = null;
+  const [[noteWide, noteHigh], [listWide, listHigh]] = ['.sage-note', '.leaflet-control-layers'].map(size);
+  const out = () => {                                                             // as large as fits beside or above the note, beside or below the list
+    if (!window.sageBounds) return;
+    const rooms = [[noteWide + 36, 24], [24, noteHigh + 56]].flatMap(([left, bottom]) => [[listWide + 36, 24], [24, listHigh + 36]].map(([right, top]) => [L.point(left, top), L.point(right, bottom)]));
+    const zoom = rooms.map(([a, b]) => map.getBoundsZoom(window.sageBounds, false, a.add(b))), [a, b] = rooms[zoom.indexOf(Math.max(...zoom))];
+    map.fitBounds(window.sageBounds, {paddingTopLeft: a, paddingBottomRight: b, maxZoom: 20});
+  };
+  if (map.getSize().x) out();
+  L.Popup.mergeOptions({autoPanPaddingTopLeft: [56, 12], autoPanPaddingBottomRight: [listWide + 24, 12]});
   map.attributionControl.setPrefix('Leaflet'); L.control.scale({imperial: false}).addTo(map);
   if (!map.getSize().x) map.once('resize', out);                                  // opened where nobody sees it yet
   map.on('popupopen', e => {const f = (e.popup._source || {}).feature; if (f && 'node' in f.properties && window.parent !== window) window.parent.postMessage({sage: 'place', node: f.properties.node}, '*');});

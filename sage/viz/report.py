@@ -74,19 +74,23 @@ def frame_html(
 
 def faces_html(
     run,       # a `Run`
-    most=1500, # places; where there are more, none is shown
+    room:int,  # bytes
+    most=1500, # pictures; a table that would go beyond either shows none
     size=84,   # pixels
 ) -> str:
-    "A small picture of every place, for `SCRIPT` to show where the mouse is."
-    nodes = run.nodes() if run.epochs() else ()
-    faces = [thumbnail(i, size) for i in nodes.image] if 0 < len(nodes) <= most else []
-    return f'<script type="application/json" id="faces">{json.dumps(faces)}</script>'
+    "A small picture of every place and of every image that was asked or answered, for `SCRIPT` to show where the mouse is."
+    tables, faces = {'places': run.nodes()} | {f'images of {n}': run.table(n) for n in run.config.get('validation') or []} if run.epochs() else {}, {}
+    for name, table in tables.items():
+        if len(table) > most: continue
+        pictures = [thumbnail(i, size) for i in table.image]
+        if (needs := len(json.dumps(pictures))) < room: faces[name], room, most = pictures, room - needs, most - len(table)
+    return f'<script type="application/json" id="faces">{json.dumps(faces).replace("<", chr(92) + "u003c")}</script>'
 
 SCRIPT = """
-const faces = JSON.parse((document.getElementById('faces') || {textContent: '[]'}).textContent), face = document.createElement('img');
+const faces = JSON.parse((document.getElementById('faces') || {textContent: '{}'}).textContent), face = document.createElement('img');
 face.className = 'face'; face.alt = ''; document.body.append(face);
-const hide = () => {face.style.display = 'none';}, show = e => {const f = faces[e.points[0].customdata]; if (f) {face.src = f; face.style.cssText = `display:block;left:${e.event.pageX + 16}px;top:${e.event.pageY + 22}px`;}};
-const look = (f, plot) => {if (f.layout.meta === 'places') {plot.on('plotly_hover', show); plot.on('plotly_unhover', hide);}};
+const hide = () => {face.style.display = 'none';}, show = shown => e => {const f = shown[e.points[0].customdata]; if (f) {face.src = f; face.style.cssText = `display:block;left:${e.event.pageX + 16}px;top:${e.event.pageY + 22}px`;}};
+const look = (f, plot) => {const shown = faces[f.layout.meta]; if (shown) {plot.on('plotly_hover', show(shown)); plot.on('plotly_unhover', hide);}};
 const draw = div => {if (!div.drawn) {const f = JSON.parse(div.querySelector('script').textContent); div.drawn = document.createElement('div'); div.append(div.drawn); Plotly.newPlot(div.drawn, {data: f.data, layout: f.layout, frames: f.frames || [], config: f.config}).then(plot => look(f, plot));}};
 const drop = div => {if (div.drawn && div.querySelector('.gl-canvas')) {hide(); Plotly.purge(div.drawn); div.drawn.remove(); div.drawn = null;}};
 const eye = new IntersectionObserver(seen => {for (const s of seen) (s.isIntersecting ? draw : drop)(s.target);}, {rootMargin: '400px'});
@@ -159,7 +163,7 @@ def answer_sections(run) -> list:
     "Attention, embedding, retrieval."
     last, sets = run.epochs()[-1], list(run.config.get('validation') or [])
     shown = last if len(run.nodes(last))*len(run.epochs()) > 150_000 else None
-    laid = [lambda: embedding_figure(run, shown).update_layout(meta='places')] + [lambda name=name: embedding_figure(run, color='error', of=name, epoch=-1) for name in sets]
+    laid = [lambda: embedding_figure(run, shown).update_layout(meta='places')] + [lambda name=name: embedding_figure(run, color='error', of=name, epoch=-1).update_layout(meta=f'images of {name}') for name in sets]
     asked = lambda name: [lambda: gallery_figure(run, name, telling_queries(run, name)), lambda: failure_map_figure(run, name), lambda: recall_curve_figure(run, name)]
     return [
         Section('Attention', 'What Soft Probing keeps of one photograph, before and after training; what makes it match its answer; all probes.', [lambda: attention_figure(run), lambda: match_figure(run), lambda: probe_grid(run)]),
@@ -200,11 +204,11 @@ def report_html(
     name, last = escape(run.path.name), run.epochs()[-1:]
     words = run_words(run) if last else 'no epoch is complete yet'
     chapters, body = sections(run), []
-    faces = faces_html(run)
-    room = limit - len(get_plotlyjs().encode()) - len(faces) - 20_000
+    room = limit - len(get_plotlyjs().encode()) - 20_000
     for i, s in enumerate(chapters):
         body.append(f'<h2 id="s{i}">{escape(s.title)}</h2><p>{escape(s.text)}</p>')
         for part in s.parts: body.append(text := part_html(part, room)); room -= len(text.encode())
+    faces = faces_html(run, room)
     toc = ''.join(f'<a href="#s{i}">{escape(s.title)}</a>' for i, s in enumerate(chapters))
     return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><title>{name}</title><style>{STYLE}</style><script>{get_plotlyjs()}</script></head>'
             f'<body><h1>{name}</h1><p>{words}</p><nav>{toc}</nav>{"".join(body)}{faces}<script>{SCRIPT}</script></body></html>')
