@@ -12,7 +12,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('MPLBACKEND', 'agg')
 ROOT = Path(__file__).resolve().parents[1]
 SURVIVORS = ROOT/'tests'/'faults'/'survivors.toml'      # mutants that survive, and why
-MODULES = dict(geo=('01_geo', ['test_edges.py', 'test_geo.py']), graph=('20_graph', ['test_edges.py', 'test_graph.py']), clique=('21_clique', ['test_edges.py', 'test_clique.py']), batches=('22_batches', ['test_batches.py']),
+MODULES = dict(geo=('01_geo', ['test_edges.py', 'test_geo.py']), graph=('20_graph', ['test_edges.py', 'test_graph.py']), clique=('21_clique', ['test_edges.py', 'test_clique.py']), batches=('22_batches', ['test_edges_batches.py', 'test_batches.py']),
                retrieval=('31_retrieval', ['test_edges.py', 'test_retrieval.py', 'test_recall_reference.py']))
 COMPARE = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is}
 ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd}
