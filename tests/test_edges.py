@@ -187,6 +187,17 @@ def test_the_first_candidates_are_enough_where_all_is_clear(monkeypatch):
     search(x[:1], np.concatenate([x[:1]]*30 + [x[1:300]]), 3)                     # thirty equal rows: the first candidates do not decide, more do
     assert len(asked) == 2 and asked[0][1] < 31 <= asked[1][1] < 329
 
+@pytest.mark.parametrize('dim', [1, 9, 256])
+def test_how_far_candidates_may_be_off(dim, monkeypatch):
+    "8e-7 · √D · (the query's squared length + the greatest of the database), which FAISS keeps to."
+    seen, real = [], r.settle
+    monkeypatch.setattr(r, 'settle', lambda q, x, rough, i, slack, k: (seen.append((q, rough, i, slack)), real(q, x, rough, i, slack, k))[1])
+    g = np.random.default_rng(0); x, q = (100 + 9*g.normal(size=(n, dim)).astype(np.float32) for n in (300, 5))
+    search(q, x, 3)
+    for q, rough, i, slack in seen:
+        assert slack == pytest.approx(8e-7*dim**.5*(np.square(q, dtype=float).sum(1) + np.square(x, dtype=float).sum(1).max()), rel=1e-6)
+        assert (abs(rough - np.square(q[:, None].astype(float) - x[i]).sum(2)) <= slack[:, None]).all()
+
 def test_zones_that_touch():
     touch = [(a, b) for a in ('1N', '2N', '31N', '32S', '33N', '59N', '60S', '') for b in ('1N', '33N', '60N', '') if zones_touch(a, b)]
     assert touch == [('1N', '1N'), ('1N', '60N'), ('2N', '1N'), ('32S', '33N'), ('33N', '33N'), ('59N', '60N'), ('60S', '1N'), ('60S', '60N'), ('', '')]
