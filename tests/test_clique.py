@@ -184,3 +184,10 @@ def test_listed_cliques(n):
                 if limit == 10**6 or lowest.max() < limit and sum(len(c) + 1 for c in mine) <= 100*limit: assert not crowded
                 if lowest.max() > limit: assert crowded
                 if crowded: assert len(got) <= limit + n and {min(c) for c in got} == {min(c) for c in mine} and np.bincount([min(c) for c in got]).max() <= 1 + limit//n
+
+def test_how_many_numbers_a_list_may_have():
+    "With limit 1 at most a hundred: 32 pairs and a triangle are 32 · 3 + 4."
+    for pairs, triangles, crowded in ((32, 1, False), (31, 2, True), (33, 0, False), (34, 0, True)):
+        g = nx.disjoint_union_all([nx.complete_graph(2)]*pairs + [nx.complete_graph(3)]*triangles)
+        sets, cut = sage.clique._listed(adjacency(g), 2, 1)
+        assert cut == crowded and len(sets) == pairs + triangles                      # one of each lowest member is listed in any case
