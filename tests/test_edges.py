@@ -187,6 +187,23 @@ def test_the_first_candidates_are_enough_where_all_is_clear(monkeypatch):
     search(x[:1], np.concatenate([x[:1]]*30 + [x[1:300]]), 3)                     # thirty equal rows: the first candidates do not decide, more do
     assert len(asked) == 2 and asked[0][1] < 31 <= asked[1][1] < 329
 
+@pytest.mark.parametrize('dtype', [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize('k', [1, 2, 7, 20])
+def test_candidates_in_a_wrong_order_are_put_right(dtype, k):
+    "Approximate distances off by up to the slack, many exact ones equal: nearest first, then by row; certain once a candidate is too far off, even so."
+    certain = 0
+    for seed in range(30):
+        g = np.random.default_rng(seed); x, q = (g.integers(-4, 5, (n, 2)).astype(dtype) for n in (60, 3))
+        exact = np.square(q[:, None].astype(float) - x).sum(2); slack = g.choice([0., .5, 4., 60.], 3)
+        rough = exact + slack[:, None]*g.uniform(-1, 1, exact.shape); i = np.argsort(rough, axis=1, kind='stable')[:, :20]; rough = np.take_along_axis(rough, i, 1)
+        d, found, sure = r.settle(q.astype(np.float32), x, rough, i, slack, k)
+        for row in range(3):
+            mine = exact[row, i[row]]; order = np.lexsort((i[row], mine))
+            stop = [c for c in range(k, 20) if rough[row, c] - slack[row] > np.sort(mine[:c])[k-1]]
+            assert found[row].tolist() == i[row, order[:k]].tolist() and d[row].tolist() == mine[order[:k]].tolist() and sure[row] == bool(stop)
+            if sure[row]: assert d[row].tolist() == np.sort(exact[row])[:k].tolist(); certain += 1      # nothing else can be nearer
+    assert (k < 20) == (certain > 0)
+
 @pytest.mark.parametrize('dim', [1, 9, 256])
 def test_how_far_candidates_may_be_off(dim, monkeypatch):
     "8e-7 · √D · (the query's squared length + the greatest of the database), which FAISS keeps to."
