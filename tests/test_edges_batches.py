@@ -80,6 +80,18 @@ def test_a_round_of_draws():
     assert draws.shape == (b.ROUND, 16) and draws.dtype == np.int32 and (draws >= 0).all() and ((draws >= 20) == (draws[:, :1] >= 20)).all() and all(len({*d}) == 16 for d in draws.tolist())
     assert b.draw_places(geo, F, squares, np.random.default_rng(0), similar=0, count=3).shape == (3, 1)
 
+def test_arrays_of_a_city_are_as_long_as_the_city(monkeypatch):
+    "Compiled code does not look whether it reads beyond them."
+    geo = GeoSide(make_table(image='a', city=np.repeat(['x', 'y'], [3, 7]), place=np.arange(10), easting=100.*np.arange(10), northing=0.))
+    seen, real = set(), b._draw_similar
+    def watched(products, F, lengths, seed, slack, count, state, out, scratch):
+        seen.add((len(products), len(F), len(lengths), len(scratch), len(state), len(out))); assert 0 <= seed < len(F) and lengths[seed] == pytest.approx(np.linalg.norm(F[seed]))
+        return real(products, F, lengths, seed, slack, count, state, out, scratch)
+    monkeypatch.setattr(b, '_draw_similar', watched)
+    F = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
+    b.draw_places(geo, F, np.square(F, dtype=float).sum(1), np.random.default_rng(0), similar=5, count=40)
+    assert seen == {(3, 3, 3, 3, 1, 5), (7, 7, 7, 7, 1, 5)}
+
 def test_descriptors_of_images_and_places():
     "Every image has its own row or its place's, the first and the last too, whatever is asked for in whatever order."
     geo = GeoSide(make_table(image='a', city='x', place=np.repeat(np.arange(4), 3), easting=100.*np.repeat(np.arange(4), 3), northing=0.))
