@@ -140,6 +140,14 @@ def test_what_a_pass_counts():
     record = greedy.record()
     assert record['restarts'] == b.ATTEMPTS == 5 and record['cliques'] == record['relaxed'] == 15 and record['draws'] >= 5*b.PATIENCE and b.PATIENCE == 1000 and record['batches'] == 0
 
+def test_patience_counts_from_the_first_draw():
+    "Two places too wide to give anything: twice as many draws as places, five times over."
+    table = make_table(image='a', city='x', place=np.repeat([0, 1], 4), easting=[0, 10, 20, 30, 5, 100, 200, 300.], northing=0.)
+    sampler = b.CliqueBatches(table, strategy='random', places_per_batch=1)
+    with pytest.raises(UserError, match='no place of 4 images'): next(iter(sampler))
+    record = sampler.record()
+    assert (record['draws'], record['cliques'], record['restarts'], record['skipped_few']) == (20, 0, 5, 80)
+
 def test_arguments_at_their_limits():
     table = make_table(image='a', city='x', place=np.repeat(np.arange(2), 4), easting=np.repeat([0., 100], 4), northing=0.)
     assert next(iter(b.CliqueBatches(table, np.eye(2), places_per_batch=1, images_per_place=1, similar=0, min_size=1))).shape == (1, 1)
