@@ -17,7 +17,7 @@ import numpy as np, pandas as pd, safetensors, torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn

@@ -60,6 +60,18 @@ def test_seed_scores():
 def test_bad_weights(W, k):
     with pytest.raises(UserError): greedy_clique(W, k)
 
+def test_greedy_does_not_depend_on_the_unit():
+    "Metres or kilometres: the same order, however small the numbers."
+    for number in range(300):
+        r = np.random.default_rng(number); W = random_weights(r); k = int(r.integers(1, len(W) + 1))
+        for unit in (2.**-60, 2.**60): assert greedy_clique(W*unit, k).tolist() == greedy_clique(W, k).tolist(), number
+
+def test_rounding_is_no_reason_to_prefer_one():
+    "Equal but for the last bits: the lower index; a millionth better: the better."
+    for better, first in ((1e-14, 0), (1e-6, 1)):
+        W = -np.array([[0, 1, 1 + 2*better], [1, 0, 1], [1 + 2*better, 1, 0.]])
+        assert greedy_clique(W, 1).tolist() == [first] and greedy_clique(W*1e6, 1).tolist() == [first]
+
 def test_names():
     assert sage.clique.geo_cliques is sage.graph.geo_cliques
     assert greedy_clique([[0, -1], [-1, 0]], 2).tolist() == [0, 1]                  # lists will do
@@ -71,11 +83,11 @@ def town(seed, n=160, side=160., clumps=True):
     xy = r.uniform(0, side, (n, 2)) if not clumps else r.uniform(0, side, (n//8, 2)).repeat(8, 0) + r.normal(0, 6, (n, 2))
     return make_table(image='a', city=r.choice(['x', 'y'], n), place=np.arange(n)//8, easting=xy[:, 0], northing=xy[:, 1])
 
-def take(geo, places, end=99, k=4, min_size=10, seed=0, each=99, taken=None):
+def take(geo, places, end=99, k=4, min_size=10, seed=0, each=99, taken=None, limit=50):
     N, counts, ptr = len(geo.codes), np.zeros(8, np.int64), np.zeros(end + 1, np.int64)
     taken = np.zeros(N, np.int32) if taken is None else taken
     local = np.full(N, -1, np.int32)
-    _, rows, slots = take_cliques(ground(geo), local, taken, 1, np.array([places], np.int32), 0, ptr, np.zeros(4, np.int32), 0, end, each, k, min_size, 50, 9, np.array([seed], np.uint64), counts)
+    _, rows, slots = take_cliques(ground(geo), local, taken, 1, np.array([places], np.int32), 0, ptr, np.zeros(4, np.int32), 0, end, each, k, min_size, limit, 9, np.array([seed], np.uint64), counts)
     assert (local == -1).all()                                                      # scratch is left as it was
     return [rows[a:b].tolist() for a, b in zip(ptr[:slots], ptr[1:slots+1])], dict(zip(COUNTS, counts.tolist())), taken == 1
 
@@ -131,3 +143,52 @@ def test_crowded_draws():
         assert all(whole.has_edge(a, b) for a in slot for b in slot if a < b) and set(slot) <= left
         left -= set(slot) | {u for v in slot for u in whole[v]}
     assert not [c for c in nx.find_cliques(whole.subgraph(left)) if len(c) >= 4]     # in the end nothing is left over
+
+@pytest.mark.parametrize('n, side, k, seeds', [(120, 70., 4, 25), (24, 45., 2, 40)])
+@pytest.mark.parametrize('limit', [1, 2, 5])
+def test_a_short_list_leaves_nothing_over(limit, n, side, k, seeds):
+    "Of a crowded draw only some cliques are listed; it is listed again until there is no clique any more, or the batch is full."
+    crowded = 0
+    for seed in range(seeds):
+        geo = GeoSide(town(seed, n, side, clumps=n > 24)); whole = graph_of(geo)
+        for end in (99, 1):
+            slots, counts, _ = take(geo, np.arange(len(geo.places)), end=end, seed=seed, limit=limit, k=k, min_size=k); left = set(range(n))
+            crowded += counts['crowded']
+            for slot in slots:
+                assert len(slot) >= k and whole.subgraph(slot).size() == len(slot)*(len(slot) - 1)/2 and set(slot) <= left
+                assert not set.intersection(*({*whole[v]} for v in slot)) & left      # maximal
+                left -= set(slot) | {u for v in slot for u in whole[v]}
+            assert counts['crowded'] in (0, 1) and len(slots) <= end and counts['cliques'] == len(slots)
+            assert counts['near'] == n - len(left) - sum(map(len, slots)) and counts['full' if len(slots) == end else 'few'] == len(left)
+            assert len(slots) == end or not [c for c in nx.find_cliques(whole.subgraph(left)) if len(c) >= k]
+    assert crowded > 0
+
+def adjacency(g):
+    "Rows of bits."
+    out = np.zeros((len(g), -(-len(g)//64)), np.uint64)
+    for a, b in g.edges:
+        for u, v in ((a, b), (b, a)): out[u, v >> 6] |= np.uint64(1) << np.uint64(v & 63)
+    return out
+
+@pytest.mark.parametrize('n', [1, 5, 63, 64, 65, 128, 130])
+def test_listed_cliques(n):
+    "All of them where they are few; else about `limit`, each a maximal one, none twice, and some for every lowest member that has any."
+    for seed, p in enumerate((0, .1, .25, .5 if n < 128 else .35)):
+        g = nx.gnp_random_graph(n, p, seed=seed); want = {frozenset(c) for c in nx.find_cliques(g)}
+        for k in (1, 2, 4):
+            for limit in (10**6, 100, 10):
+                sets, crowded = sage.clique._listed(adjacency(g), k, limit)
+                got = [frozenset(64*w + i for w, word in enumerate(s) for i in range(64) if int(word) >> i & 1) for s in sets]
+                mine = {c for c in want if len(c) >= k}
+                assert len({*got}) == len(got) and {*got} <= mine and (crowded or {*got} == mine)
+                lowest = np.bincount([min(c) for c in mine], minlength=n)
+                if limit == 10**6 or lowest.max() < limit and sum(len(c) + 1 for c in mine) <= 100*limit: assert not crowded
+                if lowest.max() > limit: assert crowded
+                if crowded: assert len(got) <= limit + n and {min(c) for c in got} == {min(c) for c in mine} and np.bincount([min(c) for c in got]).max() <= 1 + limit//n
+
+def test_how_many_numbers_a_list_may_have():
+    "With limit 1 at most a hundred: 32 pairs and a triangle are 32 · 3 + 4."
+    for pairs, triangles, crowded in ((32, 1, False), (31, 2, True), (33, 0, False), (34, 0, True)):
+        g = nx.disjoint_union_all([nx.complete_graph(2)]*pairs + [nx.complete_graph(3)]*triangles)
+        sets, cut = sage.clique._listed(adjacency(g), 2, 1)
+        assert cut == crowded and len(sets) == pairs + triangles                      # one of each lowest member is listed in any case

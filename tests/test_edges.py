@@ -5,7 +5,7 @@ import sage.retrieval as r
 from sage.core import UserError
 from sage.clique import ground, random_float, take_cliques
 from sage.geo import radius_neighbors, to_utm
-from sage.graph import TAU2, GeoSide, city_neighbors, cut_edges, distance, number, squared_distance, squared_lengths, typical_norm
+from sage.graph import TAU2, GeoSide, alike_pairs, city_neighbors, cut_edges, distance, epoch_graph, geo_cliques, number, squared_distance, squared_lengths, typical_norm
 from sage.places import make_table
 from sage.retrieval import Recall, apply_pca, check_descriptors, check_finite, chunks, fit_pca, move, pca_solver, positives_within, search, zones_touch
 
@@ -65,6 +65,43 @@ def test_neighbours_in_a_city_across_squares():
     for i in range(8): assert near.row(i).tolist() == [j for j in range(8) if j != i and (i == 7) == (j == 7) and d[i, j] < 25]
     for radius in (0, -1, np.nan, np.inf):
         with pytest.raises(UserError, match='radius'): city_neighbors(xy, np.zeros(8, int), radius)
+
+
+def test_a_clique_has_ten_images_unless_said_otherwise():
+    assert [c.tolist() for c in geo_cliques(np.zeros((10, 2)))] == [[*range(10)]] and geo_cliques(np.zeros((9, 2))) == [] and len(geo_cliques(np.zeros((9, 2)), min_size=9)) == 1
+    assert geo_cliques([[0., 0], [25, 0]], min_size=2) == [] and len(geo_cliques([[0., 0], [24.999, 0]], min_size=2)) == 1
+
+@pytest.fixture
+def corner():
+    "Cities of one, two and three places, an image each; the places of the second lie 5 m apart."
+    return GeoSide(make_table(image=list('abcdef'), city=list('xyyzzz'), place=[0, 0, 1, 0, 1, 2], easting=[0, 0, 3, 0, 50, 90.], northing=[0, 0, 4, 0, 0, 0.]))
+
+def test_cities_begin_and_end(corner):
+    assert corner.city_start.tolist() == [0, 1, 3, 6] and corner.place_rows.indptr.tolist() == [*range(7)]
+
+def test_the_most_alike_of_a_city(corner):
+    F = np.array([[0], [0], [9], [0], [1], [3]], np.float32)
+    assert alike_pairs(corner, F, 1).tolist() == [[1, 2], [3, 4], [4, 5]] and alike_pairs(corner, F).tolist() == [[1, 2], [3, 4], [3, 5], [4, 5]] and alike_pairs(corner, F, 0).tolist() == []
+    wide = GeoSide(make_table(image='a', city='x', place=np.arange(40), easting=100.*np.arange(40), northing=0.))
+    line = np.arange(40, dtype=np.float32)[:, None]**2                                # each place is most like those before it
+    for degree in (15, 16): assert np.bincount(alike_pairs(wide, line, degree).ravel())[-1] == degree
+    assert (alike_pairs(wide, line) == alike_pairs(wide, line, 15)).all()
+
+def test_an_edge_at_the_cut_is_none(corner):
+    F = np.array([[1], [1], [-1], [1], [1], [1]], np.float32)                        # 5 m · 2 = 10, for descriptors of length 1
+    kinds = lambda tau2, F=F, similar=0: epoch_graph(corner, F, similar=similar, tau2=tau2).edges[['src', 'dst', 'kind']].values.tolist()
+    assert kinds(-10.) == [] and kinds(-10.001) == [[1, 2, 'near']] and kinds(-10., similar=1)[0] == [1, 2, 'alike'] and kinds(-10., 4*F) == [] and kinds(-10.001, 4*F) == [[1, 2, 'near']]
+    edge = epoch_graph(corner, F, tau2=-11., similar=0).edges.iloc[0]
+    assert (edge.d_geo, edge.d_vis, edge.affinity, edge.state) == (5, 2, -10, 'new')
+
+def test_a_graph_of_other_places_is_no_previous_one(corner):
+    before = epoch_graph(corner, np.eye(6)).edges
+    assert before.dst.max() == 5 and (epoch_graph(corner, np.eye(6), before).edges.state == 'kept').all()
+    for dst in (6, 7):
+        with pytest.raises(UserError, match=f'has a node {dst}, but there are 6 places'): epoch_graph(corner, np.eye(6), before.assign(dst=dst))
+    now = epoch_graph(corner, np.eye(6), before, similar=0).edges                     # all but the near edge have broken, and have numbers
+    assert now.state.tolist() == ['kept'] + ['broken']*3 and now.kind.tolist() == ['near'] + ['alike']*3 and np.allclose(now.d_vis, 2**.5) and now.d_geo.tolist() == [5, 50, 90, 40]
+    assert epoch_graph(corner, np.eye(6), now, similar=0).edges.state.tolist() == ['kept']
 
 
 # ---- clique
@@ -149,6 +186,34 @@ def test_the_first_candidates_are_enough_where_all_is_clear(monkeypatch):
     asked.clear()
     search(x[:1], np.concatenate([x[:1]]*30 + [x[1:300]]), 3)                     # thirty equal rows: the first candidates do not decide, more do
     assert len(asked) == 2 and asked[0][1] < 31 <= asked[1][1] < 329
+
+@pytest.mark.parametrize('dtype', [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize('k', [1, 2, 7, 20])
+def test_candidates_in_a_wrong_order_are_put_right(dtype, k):
+    "Approximate distances off by up to the slack, many exact ones equal: nearest first, then by row; certain once a candidate is too far off, even so."
+    certain = 0
+    for seed in range(30):
+        g = np.random.default_rng(seed); x, q = (g.integers(-4, 5, (n, 2)).astype(dtype) for n in (60, 3))
+        exact = np.square(q[:, None].astype(float) - x).sum(2); slack = g.choice([0., .5, 4., 60.], 3)
+        rough = exact + slack[:, None]*g.uniform(-1, 1, exact.shape); i = np.argsort(rough, axis=1, kind='stable')[:, :20]; rough = np.take_along_axis(rough, i, 1)
+        d, found, sure = r.settle(q.astype(np.float32), x, rough, i, slack, k)
+        for row in range(3):
+            mine = exact[row, i[row]]; order = np.lexsort((i[row], mine))
+            stop = [c for c in range(k, 20) if rough[row, c] - slack[row] > np.sort(mine[:c])[k-1]]
+            assert found[row].tolist() == i[row, order[:k]].tolist() and d[row].tolist() == mine[order[:k]].tolist() and sure[row] == bool(stop)
+            if sure[row]: assert d[row].tolist() == np.sort(exact[row])[:k].tolist(); certain += 1      # nothing else can be nearer
+    assert (k < 20) == (certain > 0)
+
+@pytest.mark.parametrize('dim', [1, 9, 256])
+def test_how_far_candidates_may_be_off(dim, monkeypatch):
+    "8e-7 · √D · (the query's squared length + the greatest of the database), which FAISS keeps to."
+    seen, real = [], r.settle
+    monkeypatch.setattr(r, 'settle', lambda q, x, rough, i, slack, k: (seen.append((q, rough, i, slack)), real(q, x, rough, i, slack, k))[1])
+    g = np.random.default_rng(0); x, q = (100 + 9*g.normal(size=(n, dim)).astype(np.float32) for n in (300, 5))
+    search(q, x, 3)
+    for q, rough, i, slack in seen:
+        assert slack == pytest.approx(8e-7*dim**.5*(np.square(q, dtype=float).sum(1) + np.square(x, dtype=float).sum(1).max()), rel=1e-6)
+        assert (abs(rough - np.square(q[:, None].astype(float) - x[i]).sum(2)) <= slack[:, None]).all()
 
 def test_zones_that_touch():
     touch = [(a, b) for a in ('1N', '2N', '31N', '32S', '33N', '59N', '60S', '') for b in ('1N', '33N', '60N', '') if zones_touch(a, b)]

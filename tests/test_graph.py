@@ -144,6 +144,7 @@ def test_epoch_graph_by_brute_force(seed):
     assert np.allclose(edges.d_vis, np.linalg.norm(F[edges.src].astype(float) - F[edges.dst], axis=1), atol=1e-6)
     assert np.allclose(edges.affinity, -edges.d_geo*edges.d_vis) and set(edges.state) == {'new'}
     assert nodes.columns.tolist() == ['node', 'city', 'place', 'easting', 'northing', 'lat', 'lon', 'image', 'seed_score']
+    assert (nodes[['easting', 'northing']].to_numpy() == g.centers).all() and nodes[['city', 'place']].equals(g.places[['city', 'place']]) and nodes.image.tolist() == [df.image[g.codes == i].iloc[0] for i in range(n)]
     assert (nodes.node == np.arange(n)).all() and nodes.lat.between(36, 37).all() and nodes.lon.between(14.9, 15.1).all()
     for i in range(n):
         mine = [a for (s, d), a in zip(zip(edges.src, edges.dst), edges.affinity) if i in (s, d) and kinds[s, d] == 'near']
