@@ -29,9 +29,9 @@ from sage.model import create_sage, save_sage
 from sage.render import CONDITIONS, Camera, Photographer, draw_condition
 from sage.settings import Settings
 from sage.town import STEP, Town, headings
-from sage.where import GridModel
 from sage.world import MARGIN
 
+from grid import GridModel
 from halls import draw_way
 from pictures import alter, disturb, foreign
 
