@@ -80,7 +80,7 @@ class AttentionPage(Page):
     def partner(self, number, recorded): # of a recorded image
         choices(self.beside, [(recorded[number ^ 1][0].partition(': ')[2], number ^ 1)])
 
-    def ask(self, it, other): # weights of the epoch, in another thread
+    def ask(self, it, other): # weights of the epoch, in another process
         s, both = self.state, [it] + [other]*(other is not None)
         found = s.looks.get((tuple(sorted({min(self.run.checkpoints()), s.epoch})), tuple(c.path for c in both)))
         if found is None: return self.say('the network looks at the chosen photograph …')

@@ -79,6 +79,7 @@ class Workbench:
     def close(self):
         "Stop looking, and let the widgets go. A training goes on."
         self.painter.close()
+        self.state.close()
         self.widget.close()
 
     def _repr_mimebundle_(self, **kwargs): return self.widget._repr_mimebundle_(**kwargs)

@@ -102,4 +102,4 @@ def test_metres_across_a_zone_border():
     east, north, zone = zip(*(to_utm(np.array([52.]), np.array([lon]), zone=z) for lon, z in ((11.99994, '32N'), (12.00006, '33N'))))
     t = pd.DataFrame(dict(easting=np.concatenate(east), northing=np.concatenate(north), zone=['32N', '33N'], city='a'))
     assert metres_between(t, [0], [1])[0] == pytest.approx(8.2, abs=.2)
-    assert [far(m) for m in (0, 999, 1500, np.nan)] == ['0 m', '999 m', '1.5 km', 'elsewhere']
+    assert [far(m) for m in (0, 24.6, 25.2, 26.1, 999, 1500, np.nan)] == ['0 m', '24.6 m', '25.2 m', '26 m', '999 m', '1.5 km', 'elsewhere']

@@ -246,10 +246,10 @@ def probe_grid(
     fig.add_heatmap(z=_log(z), customdata=np.stack([which, z], -1), **look | dict(colorscale=[[at, _solid(c)] for at, c in GLOW]), colorbar=bar, hoverongaps=False, hovertemplate='probe %{customdata[0]:.0f}<br>%{customdata[1]:.3g}× an even look<extra></extra>', row=1, col=2)
     fig.update_xaxes(visible=False, constrain='domain', constraintoward='right', row=1, col=2)
     fig.update_yaxes(visible=False, autorange='reversed', scaleanchor='x2', scaleratio=w/h/shown.wide, constrain='domain', row=1, col=2)
-    for k, (r, c) in enumerate(corners): fig.add_annotation(x=c - .4, y=r - .4, xref='x2', yref='y2', text=str(k), showarrow=False, font=dict(size=10, color='white'), xanchor='left', yanchor='top', borderpad=0, bgcolor='rgba(0,0,0,.35)')
+    numbers = [dict(x=c - .4, y=r - .4, xref='x2', yref='y2', text=str(k), showarrow=False, font=dict(size=10, color='white'), xanchor='left', yanchor='top', borderpad=0, bgcolor='rgba(0,0,0,.35)') for k, (r, c) in enumerate(corners)]
     sharp = share.max(1)
     note = f'sharpest: probe {sharp.argmax()}, up to {sharp.max():.3g}×; evenest: probe {sharp.argmin()}, up to {sharp.min():.3g}×'
-    return fig.update_layout(template=template(dark), height=height, margin=dict(l=20, t=80, b=20), title=f'{K} probes{epoch_words(e)}<br><sup>{escape(recorded_images(run, e, looked)[image])} · {note}</sup>')
+    return fig.update_layout(annotations=numbers, template=template(dark), height=height, margin=dict(l=20, t=80, b=20), title=f'{K} probes{epoch_words(e)}<br><sup>{escape(recorded_images(run, e, looked)[image])} · {note}</sup>')
 
 def _solid(color): return 'rgb' + color[4:color.rindex(',')] + ')'
 

@@ -99,8 +99,9 @@ def _many(value):
 def far(
     metres, # a number; NaN: elsewhere
 ) -> str:
-    "'12 m', '3.4 km', 'elsewhere'."
-    return 'elsewhere' if not np.isfinite(metres) else f'{metres:.0f} m' if metres < 1000 else f'{metres/1000:.1f} km'
+    "'12 m', '25.3 m' (near the radius of most benchmarks, where a whole number would not tell right from wrong), '3.4 km', 'elsewhere'."
+    if not np.isfinite(metres): return 'elsewhere'
+    return f'{metres/1000:.1f} km' if metres >= 1000 else f'{metres:.1f} m' if 24.5 <= metres < 25.5 else f'{metres:.0f} m'
 
 def gallery_rows(
     found:Asked,
