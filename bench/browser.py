@@ -15,10 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT/'tests'), str(Path(__file__).parent)]
 from common import arguments, keep
 from PIL import Image
-from test_browser import CHROMIUM, INK, SPOT, Desk, lab, made_up, notebook, slide, sync_api
+from test_browser import CHROMIUM, IDLE, INK, SPOT, Desk, lab, made_up, notebook, slide, sync_api
 
 TABS = ('Graph', 'Cliques', 'Attention', 'Embedding', 'Retrieval', 'Training')
-DRAWN = "() => [...document.querySelectorAll('.sage-plot')].some(d => d.offsetParent && d.dataset.drawn)"
+DRAWN = "() => {const seen = [...document.querySelectorAll('.sage-plot')].filter(d => d.offsetParent); return seen.length > 0 && seen.every(d => d.dataset.drawn)}"   # every plot of the open tab
+NUMBER = "() => +([...document.querySelectorAll('.sage-plot')].filter(d => d.offsetParent)[0] || {dataset: {}}).dataset.drawn || 0"                                        # of the figure that was painted last
 
 
 def large_run(path, n=50_000, m=500_000, epochs=3, seed=0):
@@ -99,9 +100,9 @@ def large_in_browser(browser, run, folder):
         d.until(lambda: 'after 2 epochs' in d.title() and d.page.evaluate(INK) > 1000, 120)
         steps = []
         for e in (1, 0, 1):
-            start = time.perf_counter()
+            start, number = time.perf_counter(), d.page.evaluate(NUMBER)
             slide(d, 'epoch', 'epoch', e)
-            d.until(lambda: ('before training' if e == 0 else 'after 1 epoch ') in d.title(), 60)
+            d.until(lambda: d.page.evaluate(NUMBER) > number and ('before training' if e == 0 else 'after 1 epoch ') in d.title(), 60)
             steps.append(time.perf_counter() - start)
         d.page.evaluate("""() => {window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({code: `
 import copy
@@ -129,17 +130,48 @@ def tabs_in_browser(browser, run, folder, screens=None):
         for tab in TABS:
             if tab != 'Graph': d.tab(tab)
             d.until(lambda: d.page.evaluate(DRAWN), 120)
+            if tab == 'Cliques': d.page.frame_locator('iframe.sage-map').locator('.sage-star').first.wait_for(timeout=60_000)
             out[tab] = time.perf_counter() - start
         d.tab('Graph')
         d.page.wait_for_timeout(1500)
         for p in waiting:
+            number = d.page.evaluate(NUMBER)
             (folder/p.name).rename(p)
             start = time.perf_counter()
-            d.until(lambda: f'after {int(p.name)} epoch' in d.title() and d.page.evaluate(INK) > 200, 60)
+            d.until(lambda: f'after {int(p.name)} epoch' in d.title() and d.page.evaluate(NUMBER) > number and d.page.evaluate(INK) > 200, 60)
             live.append(time.perf_counter() - start)
             d.page.wait_for_timeout(500)
         if screens: take_screens(d, Path(screens))
         return out, live, len(d.heavy), faults(d)
+
+
+TRAIN = """from sage.settings import Settings, make_model
+from sage.sources import WORLD, world
+from sage.workbench import Workbench
+towns, settings = world(), Settings(**WORLD | dict(epochs=3))
+bench = Workbench.training(settings, make_model(settings), towns['train'], towns['val'], 'trained')
+bench"""
+
+def while_training(browser, folder):
+    "The training of `make demo` in the notebook's own process: seconds from the end of an epoch until its graph is painted, and from a click on a place until its neighbourhood is."
+    notebook(folder/'work.ipynb', TRAIN)
+    live, clicks = [], []
+    with lab(folder) as url:
+        d = desk_of(browser, url)
+        d.run_all()
+        for e in (1, 2, 3):
+            d.until(lambda: f'after {e} epoch' in d.title() and d.page.evaluate(DRAWN), 300)
+            live.append(time.time() - (folder/'trained'/'epochs'/f'{e:04d}').stat().st_ctime)        # when the folder got its name
+            if e == 3: break
+            for spot in (.2, .5, .8):
+                before, start = d.title(1), time.perf_counter()
+                d.page.mouse.click(*d.page.evaluate(SPOT, spot))
+                d.until(lambda: d.title(1) not in ('', before), 60)
+                clicks.append(time.perf_counter() - start)
+                d.page.wait_for_timeout(1000)
+            d.page.get_by_role('button', name='✕').click()
+        d.page.wait_for_function(IDLE, timeout=60_000)
+        return live, clicks, faults(d)
 
 
 def take_screens(d, folder):
@@ -194,6 +226,10 @@ def main():
         tabs, live, scripts, errors = tabs_in_browser(browser, run, tmp/'small', args.screens)
         say('the workbench with all tabs, from running its cell', max(tabs.values()), 15, scripts=scripts, errors=errors, tabs={t: round(s, 2) for t, s in tabs.items()})
         say('from the end of an epoch until its graph is painted', max(live), 2, all=[round(s, 2) for s in live])
+        (tmp/'training').mkdir()
+        live, clicks, errors = while_training(browser, tmp/'training')
+        say('the same while the notebook trains', max(live), 2, all=[round(s, 2) for s in live], errors=errors)
+        say('from a click on a place until its neighbourhood, meanwhile', max(clicks), 2, all=[round(s, 2) for s in clicks])
         browser.close()
     keep('browser', args, rows, packages=('plotly', 'anywidget', 'ipywidgets', 'jupyterlab', 'folium'))
 

@@ -115,7 +115,7 @@ def read_json(
 )->dict:
     "One JSON file; `UserError` where it is damaged."
     try: return json.loads(path.read_text())
-    except ValueError as e: raise UserError(f'{path}: not readable as JSON ({e}); remove it and run again') from None
+    except (ValueError, RecursionError) as e: raise UserError(f'{path}: not readable as JSON ({e}); remove it and run again') from None
 
 def finished(
     out:Path, # folder of the ablation

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'train_parser', 'tables_for', 'repeat', 'base_settings', 'sage_train', 'train_together', 'summary',
-           'recall_table', 'published_lines', 'eval_parser', 'sage_eval', 'measure', 'show_audit', 'demo_table',
-           'sage_demo', 'sage_ablate', 'main']
+           'recall_table', 'published_lines', 'eval_parser', 'check_flags', 'sage_eval', 'measure', 'show_audit',
+           'demo_table', 'sage_demo', 'sage_ablate', 'main']
 
 # %% ../nbs/70_cli.ipynb #b07a7933
 import argparse, sys, time
@@ -130,7 +130,7 @@ def eval_parser():
     p.add_argument('--benchmark', action='append', default=[], metavar='NAME,NAME', help='benchmarks by name, below --data-root')
     p.add_argument('--data-root', metavar='FOLDER', help='folder that holds the benchmarks; default $SAGE_DATA')
     p.add_argument('--frames', type=whole(0), metavar='N', help='a positive lies within ± N frames, where names carry no coordinates (default 2)')
-    p.add_argument('--radius', type=metres, default=25., metavar='METRES', help='a positive lies within so many metres, where they do')
+    p.add_argument('--radius', type=metres, metavar='METRES', help='a positive lies within so many metres, where they do (default 25)')
     p.add_argument('--size', type=size, metavar='SIDE|HxW', help="image size; default the checkpoint's evaluation size, else 322")
     p.add_argument('--batch-size', type=count, metavar='N', help='images at a time; with --head the published one for the set unless given')
     p.add_argument('--memory', type=memory, metavar='2GB', help='search the database in pieces within so much memory')
@@ -149,17 +149,28 @@ def eval_parser():
     p.add_argument('--quiet', action='store_true', help='no bars')
     return p
 
+def check_flags(args):
+    "Raise `UserError` for flags that would not do what they say together."
+    whole = [f for f in ('audit', 'baselines', 'search_costs') if getattr(args, f)]
+    if args.memory and whole: raise UserError(f'--memory: --{whole[0].replace("_", "-")} holds all descriptors at once; leave one of the two out')
+    rule = next((f for f in ('frames', 'radius') if getattr(args, f) is not None), None)
+    if rule and args.benchmark and not args.data: raise UserError(f'--{rule}: a benchmark has its own rule; leave it out, or name the folder with --data')
+    if args.audit and args.batch_size: raise UserError('--batch-size: the audit has its own batch sizes; leave one of the two out')
+
 @command
 def sage_eval(argv):
     "Measure a checkpoint."
     args = eval_parser().parse_args(argv)
     names = [n for part in args.benchmark for n in part.split(',')]
+    check_flags(args)
     if args.out: can_hold(args.out)
-    sets = evaluation_sets(args.data, names, data_root(args.data_root), args.frames, args.radius, args.scan, not args.quiet, args.max_bad)
+    sets = evaluation_sets(args.data, names, data_root(args.data_root), args.frames, 25. if args.radius is None else args.radius, args.scan, not args.quiet, args.max_bad)
     if args.checkpoint or args.backbone: model, name, trained = model_of(args)
     else:
         model, name, side = packaged_model(); trained = dict(eval_size=side)
         print(f'no --checkpoint and no --backbone: {name}', file=sys.stderr)
+    for flag, rule in (('frames', 'frames'), ('radius', 'radius')):
+        if getattr(args, flag) is not None and all(p.rule != rule for p, _ in sets): raise UserError(f'--{flag}: a positive of {sets[0][0].title} lies {sets[0][0].positive}; leave it out')
     if args.audit and model.interact is None: raise UserError('this model has no InteractHead: there is nothing to audit')
     device = pick_device(args.device)
     model.to(device).eval()

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from .core import UserError, atomic, existing, one_line, pick_device, pick_precision
 from .images import check_size, load_image
+from .geo import check_latlon
 from .photos import find_photo_csv, inside, list_images, numbers, photo_label, read_csv, unread_csvs
 from .ranks import launch, told
 from .sources import not_too_many
@@ -251,6 +252,8 @@ def _images_of(path):
     df = read_csv(path, 'path')
     if not len(df): raise UserError(f'{path} has no rows; expected one for each image')
     where = {c: numbers(df, c, path, needed=False) if {'lat', 'lon'} <= {*df} else np.nan for c in ('lat', 'lon')}
+    known = ~(np.isnan(where['lat']) & np.isnan(where['lon']))
+    if np.any(known): check_latlon(where['lat'][known], where['lon'][known], path, df.index[known])
     return pd.DataFrame(dict(image=inside(path.parent, df['path'].str.strip().tolist(), path), **where))
 
 # %% ../nbs/67_cli_photos.ipynb #574d8967
@@ -341,7 +344,7 @@ def open_parts(
         with atomic(path) as part: part.write_text(json.dumps(job, indent=1))
         return
     try: found = json.loads(path.read_text())
-    except ValueError: raise UserError(f'{path}: damaged; delete the folder to begin anew') from None
+    except (ValueError, RecursionError): raise UserError(f'{path}: damaged; delete the folder to begin anew') from None
     other = [k for k in job if not isinstance(found, dict) or found.get(k) != job[k]]
     if other: raise UserError(f'{out}: holds parts of other {other[0]}; give what it was begun with, or choose another folder')
 

@@ -18,7 +18,7 @@ import pandas as pd
 from .core import MissingPath, UserError, atomic, existing
 from .geo import band_zone, check_latlon, to_latlon, to_utm
 from .photos import IMAGE_SUFFIXES, check_unique, find_photo_csv, list_images, locate_images, numbers, read_csv, read_photos, whole_numbers
-from .places import SPLITS, check_table, fill_table, make_places
+from .places import FARTHEST, SPLITS, check_table, fill_table, make_places
 
 # %% ../nbs/04_formats.ipynb #090b6641
 GSV_COLUMNS = ('place_id', 'year', 'month', 'northdeg', 'city_id', 'lat', 'lon', 'panoid')
@@ -240,7 +240,7 @@ def utm_fields(
     parts = os.path.splitext(os.path.basename(path))[0].split('@')[1:]
     fields = dict(zip(UTM_FIELDS, parts + [''] * len(UTM_FIELDS)))
     easting, northing, heading = (_number(fields[c]) for c in ('easting', 'northing', 'heading'))
-    if not np.isfinite(easting) or not np.isfinite(northing): raise UserError(f'{path}: no easting and northing in the file name; expected @easting@northing@…@.jpg, in metres')
+    if not abs(easting) <= FARTHEST or not abs(northing) <= FARTHEST: raise UserError(f'{path}: no easting and northing in the file name; expected @easting@northing@…@.jpg, in metres')
     return {**fields, 'easting': easting, 'northing': northing, 'heading': heading % 360 % 360, 'zone': _band(fields['zone'], fields['letter']), 'time': fields['timestamp']}
 
 def _number(text):

@@ -19,6 +19,7 @@ def check_latlon(
     lat,       # latitudes in degrees [N]
     lon,       # longitudes in degrees [N]
     source='', # the file they come from, for the message
+    rows=None, # numbers of the rows, for the message; None: from 0
 ):
     "Raise `UserError` naming the first row whose coordinates are missing or out of range."
     lat, lon = (np.atleast_1d(np.asarray(a, dtype=float)) for a in (lat, lon))
@@ -30,7 +31,7 @@ def check_latlon(
     if np.isnan(a) or np.isnan(b): cure = 'a coordinate is missing: fill it in or remove the row'
     elif abs(a) <= 180 and abs(b) <= 90: cure = 'latitude and longitude may be swapped'
     else: cure = 'expected latitude within ±90 and longitude within ±180 degrees'
-    raise UserError(f'{_of(source)}row {row}: latitude {a}, longitude {b}; {cure}')
+    raise UserError(f'{_of(source)}row {row if rows is None else rows[row]}: latitude {a}, longitude {b}; {cure}')
 
 def _of(source):
     "The file's name as the beginning of a message."

@@ -15,6 +15,7 @@ import ipywidgets as W
 import plotly
 import traitlets as T
 
+from .aside import Ended
 from .core import UserError
 from .run import Stopped
 from .viz.style import CONFIG
@@ -224,6 +225,7 @@ class Later:
                 if self.making is None: self.making = self.wanted.pop(); threading.Thread(target=self._work, daemon=True, name='sage later').start()
                 return None
             result, error = self.done[key]
+            if isinstance(error, Ended): del self.done[key]             # told once; who asks again has it tried again
         if error is not None: raise error
         return result
 

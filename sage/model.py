@@ -381,7 +381,7 @@ def read_header(
     except (safetensors.SafetensorError, OSError) as e: raise UserError(f'{path} is no SAGE checkpoint (not a safetensors file); the authors\' released weights are a .pth file') from e
     if header.get('format') != FORMAT: raise UserError(f'{path} is no SAGE checkpoint ({header.get("format", "no format")!r} where {FORMAT!r} is expected); the authors\' released weights are a .pth file')
     try: return header | {k: json.loads(header[k]) for k in ('model', 'config', 'pca') if k != 'pca' or k in header}
-    except (KeyError, json.JSONDecodeError) as e: raise UserError(f'{path}: the header of this checkpoint is damaged; save it again') from e
+    except (KeyError, ValueError, RecursionError) as e: raise UserError(f'{path}: the header of this checkpoint is damaged; save it again') from e
 
 # %% ../nbs/14_model.ipynb #5ca02be8
 def load_sage(

@@ -34,7 +34,7 @@ def claim_folder(
         with atomic(path) as part: part.write_text(json.dumps(mark, indent=1) + '\n')
         return
     try: found = json.loads(path.read_text())
-    except ValueError: found = None
+    except (ValueError, RecursionError): found = None
     if not isinstance(found, dict): raise UserError(f'{path}: damaged, it does not say whose tokens lie here; {remedy}')
     other = [k for k in mark if found.get(k) != mark[k]]
     if other: raise UserError(f'{folder}: tokens of another {other[0]} ({str(found.get(other[0]))[:12]}, now {str(mark[other[0]])[:12]}); {remedy}')

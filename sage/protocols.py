@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'PROTOCOLS', 'Protocol', 'get_protocol', 'protocol_table', 'frame_numbers', 'frame_positives',
-           'read_positives', 'folder_table', 'read_mat', 'count_note', 'EvalSet', 'load_benchmark', 'folder_protocol',
-           'keep_rows']
+           'read_positives', 'folder_table', 'one_zone', 'read_mat', 'count_note', 'EvalSet', 'load_benchmark',
+           'folder_protocol', 'keep_rows']
 
 # %% ../nbs/41_protocols.ipynb #15c244d5
 import json, re
@@ -143,7 +143,7 @@ def frame_numbers(
     rank = {name: i for i, name in enumerate(sorted(database, key=_natural))}
     order = {name: i for i, name in enumerate(sorted(queries, key=_natural))}
     found = sum(name in rank for name in queries)
-    counted = step > 1 and all(rank.get(name) == i for name, i in order.items()) # 0, 1, 2 … on both sides
+    counted = step > 1 and (len(queries) - 1) * step < len(database) and all(rank.get(name) == i for name, i in order.items()) # 0, 1, 2 … on both sides; queries that count on to the database's end are all its frames
     by_name = 2 * found > len(queries) and not counted
     q = [rank.get(name, -1) for name in queries] if by_name else [order[name] * step for name in queries]
     return np.array([rank[name] for name in database], dtype=np.int64), np.array(q, dtype=np.int64)
@@ -164,7 +164,7 @@ def frame_positives(
 def _json_pairs(path):
     "(query, reference) pairs of a json file."
     try: found = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e: raise UserError(f'{path} is not json: {e}') from None
+    except (ValueError, RecursionError) as e: raise UserError(f'{path} is not json: {e}') from None
     if not isinstance(found, dict) or not all(isinstance(rs, list) for rs in found.values()): raise UserError(f'{path} holds something else than {{"query.jpg": ["reference.jpg", …]}}')
     return [(q, r) for q, rs in found.items() for r in map(str, rs)]
 
@@ -204,6 +204,19 @@ def _base(root, protocol):
         for d, q in protocol.parts:
             if (base/d).is_dir() and (base/q).is_dir(): return base/d, base/q
 
+def one_zone(
+    root,         # the set, for the message
+    *tables,      # its database and queries
+    notes:list,   # gets a sentence where something is assumed
+)->list:          # the same tables; names without a zone lie in the only one that others name
+    "In one set no image lies in an unknown zone while others' are known. Raises `UserError` where those are several."
+    zones, unknown = sorted({z for t in tables for z in t.zone} - {''}), sum(int((t.zone == '').sum()) for t in tables)
+    if not zones or not unknown: return tables
+    total = sum(map(len, tables))
+    if len(zones) > 1: raise UserError(f'{root}: {unknown:,} of {total:,} names say no UTM zone while others say {" and ".join(zones)}; add the zone to the names')
+    notes.append(f'{unknown:,} of {total:,} names say no UTM zone; read as {zones[0]}, the only one that is named')
+    return [t.assign(zone=zones[0]) for t in tables]
+
 def _read_folders(root, protocol, notes):
     found = _base(root, protocol)
     if found is None: return None
@@ -211,7 +224,7 @@ def _read_folders(root, protocol, notes):
     d, q = (folder_table(f, role, root.name, coordinates) for f, role in zip(found, ('database', 'query')))
     truth = next((p for p in (root/'positives.csv', root/'positives.json') if p.exists()), None)
     if truth: positives = read_positives(truth, *([Path(i).name for i in t.image] for t in (d, q))); notes.append(f'positives read from {truth.name}')
-    elif coordinates: positives = positives_within(q, d, protocol.within)
+    elif coordinates: d, q = one_zone(root, d, q, notes=notes); positives = positives_within(q, d, protocol.within)
     else:
         frames, asked = frame_numbers(*([Path(i).stem for i in t.image] for t in (d, q)), protocol.step)
         positives = frame_positives(asked, frames, int(protocol.within))
@@ -224,7 +237,8 @@ def read_mat(
 )->tuple: # database and queries, both places tables
     "Pittsburgh's `dbStruct`: dbImage, utmDb [2, N], qImage, utmQ [2, Q]. `UserError` for another file."
     try: struct = loadmat(path, simplify_cells=True, variable_names=['dbStruct']).get('dbStruct')
-    except (MatReadError, ValueError, NotImplementedError, TypeError, OSError) as e: raise UserError(f'{path} is not a MATLAB file this can read: {e}') from e
+    except NotImplementedError: raise UserError(f"{path} is a MATLAB file of version 7.3; save it again in MATLAB with save(…, '-v7')") from None
+    except (MatReadError, ValueError, TypeError, OSError) as e: raise UserError(f'{path} is not a MATLAB file this can read: {e}') from e
     missing = [k for k in ('dbImage', 'utmDb', 'qImage', 'utmQ') if not isinstance(struct, dict) or k not in struct]
     if missing: raise UserError(f"{path} has no dbStruct.{missing[0]}; a Pittsburgh dbStruct holds dbImage, utmDb, qImage and utmQ")
     real = root/'queries_real'
@@ -305,6 +319,7 @@ def load_benchmark(
         for layout in p.layouts if folder.is_dir() else ():
             found = _READERS[layout](folder, p, notes)
             if found is None: continue
+            if not any(map(len, found[2])): raise UserError(f'{folder}: none of its {len(found[1]):,} queries has a database image {p.positive}; are names, coordinates and zones those of one set?')
             notes.append(count_note(p, len(found[0]), len(found[1])))
             return EvalSet(*found, [n for n in notes if n])
     raise MissingPath(f'{p.title} was not found in {root}: expected {" or ".join(p.folders) or "a folder"} with {_expected(p)}')

@@ -88,7 +88,7 @@ def read_lines(
     rows, whole = [], Path(path).read_bytes().split(b'\n')[:-1]
     for i, line in enumerate(whole, 1):
         try: row = json.loads(line)
-        except ValueError: row = None
+        except (ValueError, RecursionError): row = None
         if not isinstance(row, dict):
             raise UserError(f'{path}, line {i}: not a row of JSON; remove that line to read the rest')
         rows.append(row)
@@ -139,7 +139,7 @@ def config(self:Run) -> dict:
     "Every setting of the run, as `config.json` holds it."
     path = self.path/'config.json'
     try: config = json.loads(path.read_text())
-    except ValueError as e: raise UserError(f'{path}: not readable as JSON ({e}); restore it or train anew') from None
+    except (ValueError, RecursionError) as e: raise UserError(f'{path}: not readable as JSON ({e}); restore it or train anew') from None
     if not isinstance(config, dict): raise UserError(f'{path}: holds no settings; restore it or train anew')
     return config
 
@@ -439,7 +439,7 @@ def alone(
 
 def _read_lock(lock):
     try: owner = json.loads(lock.read_text())
-    except (OSError, ValueError): return {}
+    except (OSError, ValueError, RecursionError): return {}
     return owner if isinstance(owner, dict) and {'pid', 'host', 'started', 'since'} <= {*owner} and isinstance(owner['pid'], int) else {}
 
 def holder(

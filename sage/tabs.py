@@ -10,7 +10,7 @@ import functools, threading, time
 
 import ipywidgets as W
 
-from .aside import Aside
+from .aside import layouts, networks
 from .core import UserError
 from .viz.clique import drawn_clique_figure, neighbourhood_figure, spot_images
 from .viz.embedding import principal_positions
@@ -32,10 +32,9 @@ class State:
         self.node, self.image, self.lasso = None, None, None    # chosen: a place (its number), an image (table, row), several (table, rows)
         self.length, self.seen = 0, 0.             # of the metrics, and when they were looked at last
         self.listeners, self.lock = [], threading.RLock()
-        self.asides = layout, network = Aside(polite=5), Aside()              # neither waits for the other, and a notebook that only reads never imports torch
-        self.laid, self.layouts = 0, Later(lambda key: layout('sage.viz.embedding', 'embedding_positions', run, key[0]), lambda: self.set(laid=self.laid + 1))
-        self.looked, self.looks = 0, Later(lambda key: {e: network('sage.look', 'look', run, key[1], e) for e in key[0]}, lambda: self.set(looked=self.looked + 1))
-        self.spots = Later(lambda key: network('sage.look', 'descriptors_of', run, key[1], key[0]) if key[0] in run.checkpoints() else None, lambda: self.set(looked=self.looked + 1))
+        self.laid, self.layouts = 0, Later(lambda key: layouts()('sage.viz.embedding', 'embedding_positions', run, key[0]), lambda: self.set(laid=self.laid + 1))
+        self.looked, self.looks = 0, Later(lambda key: {e: networks()('sage.look', 'look', run, key[1], e) for e in key[0]}, lambda: self.set(looked=self.looked + 1))
+        self.spots = Later(lambda key: networks()('sage.look', 'descriptors_of', run, key[1], key[0]) if key[0] in run.checkpoints() else None, lambda: self.set(looked=self.looked + 1))
         self.refresh()
 
     def set(self, **new):
@@ -44,9 +43,6 @@ class State:
             changed = {k for k, v in new.items() if getattr(self, k) != v}
             for k in changed: setattr(self, k, new[k])
         for tell in self.listeners if changed else (): tell(changed)
-
-    def close(self): # the processes beside this one
-        for aside in self.asides: aside.close()
 
     def positions(self,
         of='places', # or the name of a validation table
@@ -187,8 +183,9 @@ class CliquePage(Page):
     def build(self):
         self.batch, self.slot = (self.on(W.Dropdown(description=name, layout=W.Layout(width=width))) for name, width in (('batch', '180px'), ('clique', '340px')))
         self.closer = self.on(W.ToggleButtons(options=['whole batch', 'this clique'], style=dict(button_width='100px'), tooltips=['all cliques of the batch', 'as near as it gets']))
+        self.tiles = self.on(W.Checkbox(description='tiles of OpenStreetMap (asks the network)', value=False, indent=False, layout=W.Layout(width='310px')))
         self.map, self.growth, self.shown, self.node = Frame('batch on the map', lambda message: self.do(functools.partial(self.heard, None, 'click', message))), self.plot(), None, None
-        return [W.HBox([self.batch, self.slot, self.closer]), self.map, self.growth]
+        return [W.HBox([self.batch, self.slot, self.closer, self.tiles], layout=W.Layout(flex_flow='row wrap')), self.map, self.growth]
 
     def heard(self, plot, kind, message): # a star or a dot of the map
         if message.get('points'): self.state.set(node=int(message['points'][0]), lasso=None)
@@ -207,7 +204,7 @@ class CliquePage(Page):
         mine = cliques[cliques.batch == self.batch.value]
         anchors = mine[mine['rank'] == 0]
         choices(self.slot, [(f'{i}: {c}, place {p}', i) for i, c, p in zip(anchors.slot, anchors.city if 'city' in anchors else [''] * len(anchors), anchors.place)], slot)
-        self.draw_map((s.epoch, self.batch.value, s.dark))
+        self.draw_map((s.epoch, self.batch.value, s.dark, self.tiles.value))
         self.map.shown = dict(slot=self.slot.value, closer=self.closer.value == 'this clique')
         self.growth.show(drawn_clique_figure(self.run, s.epoch, self.batch.value, self.slot.value, s.dark, described=self.spot(cliques)))
 
@@ -228,7 +225,7 @@ class CliquePage(Page):
 
     def draw_map(self, key): # folium has no updates: emit only what changed
         if key == self.shown: return
-        self.map.page, self.shown = map_html(clique_map(self.run, key[0], key[1], dark=key[2])), key
+        self.map.page, self.shown = map_html(clique_map(self.run, key[0], key[1], dark=key[2], tiles=key[3])), key
 
 # %% ../nbs/60_tabs.ipynb #28ecea2b
 class TrainingPage(Page):

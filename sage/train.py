@@ -381,7 +381,7 @@ def again(
     path = run.path/'failed.json'
     if not path.exists(): raise MissingPath(f'{path}: no such file; this run did not stop at a number that is none')
     try: failed, s = json.loads(path.read_text()), Settings(**run.config['settings'])
-    except (ValueError, TypeError, KeyError) as e: raise UserError(f'{path}: damaged ({e}); resume the run to stop there again') from None
+    except (ValueError, TypeError, KeyError, RecursionError) as e: raise UserError(f'{path}: damaged ({e}); resume the run to stop there again') from None
     module = SageModule(make_model(s, pretrained), s).train()
     read_weights(run.path/'failed.safetensors', module.model)
     module.step, names = failed['step'] - 1, list(failed['rows'])

@@ -184,7 +184,7 @@ def _about(folder):
     "What index.json says. Raises `UserError` where it is damaged."
     path = existing(folder/'index.json', 'file', 'the folder has no index yet')
     try: about = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError: raise UserError(f'{path}: the index is damaged; make it again with --rebuild') from None
+    except (ValueError, RecursionError): raise UserError(f'{path}: the index is damaged; make it again with --rebuild') from None
     needed = {'format', 'model', 'name', 'size', 'dim', 'files', 'index', 'bytes', 'calibration', 'root'}
     if not isinstance(about, dict) or about.get('format') != FORMAT or needed - set(about): raise UserError(f'{path}: the index is of another version of this program, or damaged; make it again with --rebuild')
     return about

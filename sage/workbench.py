@@ -31,7 +31,7 @@ def last_row(
         f.seek(max(0, f.seek(0, 2) - 65536))
         lines = f.read().split(b'\n')[:-1]
     try: return json.loads(lines[-1]) if lines else {}
-    except ValueError: return {}
+    except (ValueError, RecursionError): return {}
 
 def progress(
     row:dict, # of the metrics
@@ -79,7 +79,6 @@ class Workbench:
     def close(self):
         "Stop looking, and let the widgets go. A training goes on."
         self.painter.close()
-        self.state.close()
         self.widget.close()
 
     def _repr_mimebundle_(self, **kwargs): return self.widget._repr_mimebundle_(**kwargs)

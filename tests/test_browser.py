@@ -177,6 +177,12 @@ def test_the_slider_goes_back_and_newest_comes_back(desk):
     desk.page.get_by_role('button', name='newest').click()
     desk.until(lambda: 'after 3 epochs' in desk.title())
 
+def test_play_goes_through_the_epochs(desk):
+    slide(desk, 'epoch', 'epoch', 1)
+    desk.until(lambda: 'after 1 epoch ' in desk.title())
+    desk.page.locator('.widget-play button').locator('visible=true').first.click()
+    for words in ('after 2 epochs', 'after 3 epochs'): desk.until(lambda: words in desk.title())
+
 def test_a_click_on_a_node_shows_its_neighbourhood(desk):
     x, y = desk.page.evaluate(SPOT, .5)
     desk.page.mouse.move(x, y)
@@ -332,8 +338,8 @@ def test_a_training_is_watched_held_and_stopped(browser, tmp_path):
         d.until(lambda: 'after 2 epochs' in d.title(), 60)                              # the graph evolves while the training runs
         d.page.mouse.click(*d.page.evaluate(SPOT, .5))
         d.until(lambda: 'place' in d.title(1), 30)
-        d.page.evaluate("async () => {await window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.interrupt()}")
-        d.page.wait_for_timeout(1000)
+        d.page.evaluate("async () => {const k = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel; k.requestExecute({code: 'import time\\nwhile True: time.sleep(.05)'}); await new Promise(r => setTimeout(r, 800)); await k.interrupt()}")
+        d.page.wait_for_function(IDLE, timeout=30_000)
         assert lit() == {'pause', 'stop'}                                               # an interrupted cell is no stopped training
         press('pause')
         d.until(lambda: lit() == {'start', 'stop'})
@@ -346,5 +352,14 @@ def test_a_training_is_watched_held_and_stopped(browser, tmp_path):
         press('stop')
         d.until(lambda: 'stopped' in ' '.join(d.page.locator('.sage-status').all_text_contents()) and lit() == {'start'}, 30)
         assert d.errors == [] and d.asked == [] and d.cell_errors() == []
+        press('start')
+        held = (tmp_path/'trained'/'metrics.jsonl').stat().st_size
+        d.until(lambda: (tmp_path/'trained'/'metrics.jsonl').stat().st_size > held + 1000, 60)
+        d.page.evaluate("async () => {await window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()}")
+        d.page.wait_for_timeout(1000)
+        still = (tmp_path/'trained'/'metrics.jsonl').stat().st_size
+        d.page.wait_for_timeout(1500)
+        assert (tmp_path/'trained'/'metrics.jsonl').stat().st_size == still             # its training is gone with the kernel
     from sage.run import Run
-    assert Run(tmp_path/'trained').resumable()                                          # and nothing of it is lost
+    run = Run(tmp_path/'trained')
+    assert run.resumable() and all(len(run.nodes(e)) and len(run.edges(e)) for e in run.epochs())       # and nothing of what it had done is lost

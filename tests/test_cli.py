@@ -199,9 +199,11 @@ def test_pickles_are_not_run(sets, tmp_path, capsys):
 @pytest.mark.parametrize('argv, says', [
     ([], 'nothing to measure on'), (['--data', '/no/such/folder'], 'no such folder'), (['--benchmark', 'imagenet'], 'imagenet'), (['--benchmark', 'sped,pitts30k', '--data-root', '/no/such'], '/no/such'),
     (['--data', 'BESTADT', '--size', '57'], ('57', '56', '70')), (['--data', 'BESTADT', '--size', 'big'], 'big'), (['--data', 'BESTADT', '--head'], 'InteractHead'), (['--data', 'BESTADT', '--audit'], 'InteractHead'),
-    (['--data', 'BESTADT', '--batch-size', '0'], '0'), (['--data', 'BESTADT', '--order', 'random'], 'random'), (['--data', 'BESTADT', '--radius', '-5'], '-5'), (['--data', 'BESTADT', '--radius', '0.0001'], 'positive'),
+    (['--data', 'BESTADT', '--batch-size', '0'], '0'), (['--data', 'BESTADT', '--order', 'random'], 'random'), (['--data', 'BESTADT', '--radius', '-5'], '-5'), (['--data', 'BESTADT', '--radius', '0.0001'], 'has a database image'),
     (['--data', 'BESTADT', '--size', '0'], "'0' is no image size"), (['--data', 'BESTADT', '--size', '56x0'], "'56x0' is no image size"), (['--data', 'BESTADT', '--frames', '-1'], "'-1' is no whole number from 0 on"),
-    (['--data', 'BESTADT', '--workers', '300'], 'from 0 to 256'), (['--data', 'BESTADT', '--memory', 'lots'], 'write for example 2GB'), (['--benchmark', 'sf_xl'], 'sf_xl_night'), (['--data', 'BESTADT', '--device', 'cuda:77'], 'cuda:77'), (['--data', 'GSV'], 'was not found'),
+    (['--data', 'BESTADT', '--workers', '300'], 'from 0 to 256'), (['--data', 'BESTADT', '--memory', 'lots'], 'write for example 2GB'), (['--benchmark', 'sf_xl'], 'sf_xl_night'), (['--data', 'BESTADT', '--device', 'cuda:77'], 'cuda:77'), (['--data', 'BESTADT', '--frames', '1'], 'within 25 m'),
+    (['--data', 'BESTADT', '--memory', '2GB', '--search-costs'], '--search-costs holds all'), (['--data', 'BESTADT', '--memory', '2GB', '--baselines'], '--baselines holds all'), (['--benchmark', 'sped', '--frames', '3'], 'its own rule'), (['--data', 'BESTADT', '--audit', '--batch-size', '4'], 'own batch sizes'),
+    (['--data', 'GSV'], 'was not found'),
 ], ids=lambda v: ' '.join(v) if isinstance(v, list) else '')
 def test_bad_eval(argv, says, sets, capsys):
     argv = [{'BESTADT': sets/'bestadt', 'GSV': sets/'gsv'}.get(a, a) for a in argv]

@@ -510,9 +510,9 @@ def test_photo_csv(walk):
 
 @pytest.mark.parametrize('body, what', [
     ('path,lat\nday one/0.jpg,1\n', "neither the columns 'lat' and 'lon' nor 'easting' and 'northing'"), ('path,lat,lon\nday one/0.jpg,55.7,\n', "row 0 has lon ''"),
-    ('path,lat,lon\nday one/0.jpg,NaN,1\n', "row 0 has lat 'NaN'"), ('path,lat,lon\nday one/0.jpg,113.2,55.7\n', 'may be swapped'), ('path,lat,lon\nday one/0.jpg,55.7,13.2\nday one/0.jpg,55.7,13.2\n', 'occurs twice'),
+    ('path,lat,lon\nday one/0.jpg,NaN,1\n', "row 0 has lat 'NaN'"), ('path,lat,lon\nday one/0.jpg,113.2,55.7\n', 'may be swapped'), ('path,lat,lon\nday one/0.jpg,,\nday one/1.jpg,99,13\n', 'row 1: latitude 99'), ('path,easting,northing\nday one/0.jpg,,\nday one/1.jpg,1e308,13\n', "row 1 has easting '1e308'"), ('path,lat,lon\nday one/0.jpg,55.7,13.2\nday one/0.jpg,55.7,13.2\n', 'occurs twice'),
     ('path,lat,lon\nday one/9.jpg,55.7,13.2\nday one/8.jpg,55.7,13.2\n', '2 of the 2 images'), ('path,lat,lon\n', 'no rows'), ('path,lat,lon,place\nday one/0.jpg,1,1,\n', 'row 0 has no place'),
-    ('path,easting,northing\nday one/0.jpg,inf,1\n', 'has easting inf'), ('path,lat,lon,heading\nday one/0.jpg,1,1,north\n', "heading 'north'"),
+    ('path,easting,northing\nday one/0.jpg,inf,1\n', "has easting 'inf'"), ('path,lat,lon,heading\nday one/0.jpg,1,1,north\n', "heading 'north'"),
     ('path,lat,lon\n../x.jpg,1,1\n', 'leads out of'), ('path,lat,lon\nday one/../../x.jpg,1,1\n', 'leads out of'), ('path,lat,lon\n/etc/passwd,1,1\n', 'leads out of'), ('path,lat,lon\nlink.jpg,1,1\n', 'leads out of'),
     ('path,lat,lon\nlinked/x.jpg,1,1\n', 'leads out of'), ('path,lat,lon\n,1,1\n', 'leads out of'), ('path,lat,lon\nday one/..,1,1\n', 'leads out of'), ('path,lat,lon\nday one,1,1\n', '1 of the 1 images')])
 def test_bad_photo_csv(body, what, walk):

@@ -9,7 +9,7 @@ from scipy.io import savemat
 from sage.core import MissingPath, UserError
 from sage.geo import to_utm
 from sage.places import make_table
-from sage.protocols import (EvalSet, PROTOCOLS, count_note, folder_protocol, folder_table, frame_numbers, frame_positives, get_protocol, keep_rows, load_benchmark)
+from sage.protocols import (EvalSet, PROTOCOLS, count_note, folder_protocol, folder_table, frame_numbers, frame_positives, get_protocol, keep_rows, load_benchmark, read_positives)
 from sage.retrieval import positives_within
 
 
@@ -213,3 +213,32 @@ def test_unknown_names():
     with pytest.raises(UserError, match='no benchmark is called'): get_protocol('imagenet')
     with pytest.raises(MissingPath): load_benchmark('sped', '/nowhere/at/all')
     with pytest.raises(MissingPath): folder_protocol('/nowhere/at/all')
+
+def utm_set(root, database, queries):
+    from PIL import Image
+    for part, names in (('database', database), ('queries', queries)):
+        (root/'images'/'test'/part).mkdir(parents=True)
+        for n in names: Image.new('RGB', (8, 8)).save(root/'images'/'test'/part/n)
+    return load_benchmark(folder_protocol(root), root)
+
+def test_a_zone_that_only_some_names_say(tmp_path):
+    "Names without a zone lie in the set's only one; where there are several, nobody can tell."
+    e = utm_set(tmp_path/'a', ['@500000@5000000@17@S@.png', '@500100@5000000@17@S@.png'], ['@500001@5000000@.png', '@500101@5000000@17@S@.png'])
+    assert [p.tolist() for p in e.positives] == [[0], [1]] and '1 of 4 names say no UTM zone; read as 17N' in ' '.join(e.notes)
+    with pytest.raises(UserError, match='1 of 3 names say no UTM zone while others say 17N and 18N'): utm_set(tmp_path/'b', ['@500000@5000000@17@S@.png', '@500000@5000000@18@S@.png'], ['@500001@5000000@.png'])
+    with pytest.raises(UserError, match='none of its 1 queries has a database image within 25 m'): utm_set(tmp_path/'c', ['@500000@5000000@17@S@.png'], ['@500900@5000000@17@S@.png'])
+
+@pytest.mark.parametrize('name', ['@1e308@-1e308@.png', '@-1e308@1@.png', '@1e9@1@33@U@.png'])
+def test_coordinates_beyond_the_earth(tmp_path, name):
+    with pytest.raises(UserError, match='no easting and northing'): utm_set(tmp_path, ['@500000@5000000@.png'], [name])
+
+def test_all_frames_on_both_sides():
+    "A whole copy of Nordland: query i shows frame i, not frame 10·i."
+    names = [str(i) for i in range(50)]
+    frames, asked = frame_numbers(names, names, 10)
+    assert asked.tolist() == frames.tolist() == [*range(50)]
+    assert frame_numbers(names, names[:5], 10)[1].tolist() == [0, 10, 20, 30, 40]
+
+def test_json_too_deep_to_read(tmp_path):
+    (tmp_path/'positives.json').write_text('['*100_000)
+    with pytest.raises(UserError, match='is not json'): read_positives(tmp_path/'positives.json', ['a'], ['b'])

@@ -380,4 +380,4 @@ def test_lund_photo_by_photo(shared, tmp_path, model):
     off = [ground_metres(in_space(a), xyz[i]) for i, a in enumerate(asked)]
     first, five, believed = sum(o[0] <= 25 for o in off), sum((o <= 25).any() for o in off), sum(in_map(a) for a in asked)
     print(f'Lund: first answer within 25 m {first}, one of five {five}, believed {believed} of 29')
-    assert first >= 23 and five >= 28 and believed >= 22                                            # by chance: 6.2 and 27.2
+    assert first >= 23 and five == 29 and believed >= 22                                            # by chance (bench/places.py): 6.4 and 27.2

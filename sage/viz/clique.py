@@ -160,9 +160,10 @@ def growth(
 # %% ../../nbs/56_viz_clique.ipynb #8f37bb5f
 def _growth_paths(fig, steps, order, name, color, dash, symbol):
     "The scores of those taken, step by step."
-    y = steps[np.arange(len(order)), order]
-    fig.add_scatter(x=np.arange(len(order)), y=np.where(np.isfinite(y), y, np.nan), mode='lines+markers', name=name, line=dict(color=color, dash=dash, width=2), marker=dict(size=12, symbol=symbol, line=dict(width=1, color='white')),
-                    text=[f'image {i}' for i in order], hovertemplate='%{text}: %{y:.2f} m<extra>' + name + '</extra>', row=1, col=1)
+    y, known = steps[np.arange(len(order)), order], steps[np.isfinite(steps)]
+    cut, low = ~np.isfinite(y), known.min(initial=0)                                  # a cut mean is below all others: at the lower edge, hollow
+    fig.add_scatter(x=np.arange(len(order)), y=np.where(cut, low, y), mode='lines+markers', name=name, line=dict(color=color, dash=dash, width=2), marker=dict(size=12, symbol=[symbol + '-open'*bool(c) for c in cut], line=dict(width=1, color=[color if c else 'white' for c in cut])),
+                    text=[f'image {i}: ' + ('cut, for one affinity lies below τ₂' if c else f'{v:.2f} m') for i, v, c in zip(order, y, cut)], hovertemplate='%{text}<extra>' + name + '</extra>', row=1, col=1)
 
 # %% ../../nbs/56_viz_clique.ipynb #d8eb0096
 def clique_growth_figure(
