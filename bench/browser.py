@@ -208,7 +208,7 @@ def main():
     args, rows = parser.parse_args(), []
     def say(what, seconds, bar, **more):
         rows.append(dict(what=what, seconds=round(seconds, 2), bar=bar, **more))
-        print(f'{what:<58} {seconds:6.2f} s   bar {bar:g} s   {seconds/bar:.2f} of it   {more or ""}', flush=True)
+        print(f'{what:<58} {seconds:6.2f} s   {f"bar {bar:g} s   {seconds/bar:.2f} of it" if bar else "no bar"}   {more or ""}', flush=True)
     from sage.run import Run
     with tempfile.TemporaryDirectory() as tmp, sync_api.sync_playwright() as p:
         tmp = Path(tmp)
@@ -229,7 +229,7 @@ def main():
         (tmp/'training').mkdir()
         live, clicks, errors = while_training(browser, tmp/'training')
         say('the same while the notebook trains', max(live), 2, all=[round(s, 2) for s in live], errors=errors)
-        say('from a click on a place until its neighbourhood, meanwhile', max(clicks), 2, all=[round(s, 2) for s in clicks])
+        say('from a click on a place until its neighbourhood, meanwhile', max(clicks), None, all=[round(s, 2) for s in clicks])
         browser.close()
     keep('browser', args, rows, packages=('plotly', 'anywidget', 'ipywidgets', 'jupyterlab', 'folium'))
 

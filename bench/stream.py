@@ -62,7 +62,9 @@ def main():
             result |= json.loads(out) if out else {}
             print(f'{step}: {time.perf_counter() - start:.0f} s', flush=True)
     print(f'{rows:,} × {DIM} float16, {QUERIES} queries, {memory}: {result["seconds"]} s, {result["note"]}\nequal to the flat search of {SUBSET:,} rows: {result["subset_equal"]}; to plain numpy on all: {result["plain_equal"]}')
-    print(json.dumps(result))
+    keep = Path(__file__).parent/'results'/'stream.json'
+    keep.write_text(json.dumps(result, indent=1) + '\n')
+    print(f'-> {keep}')
 
 
 if __name__ == '__main__':

@@ -212,8 +212,9 @@ def inner_mean(
 def _finish_growth(fig, W, order, other, dark, height):
     "Title and axes of the growth figure."
     name = lambda v: f'{v:.1f} m' if np.isfinite(v) else 'cut (below τ₂)'
+    hollow = '; hollow marks: cut' if any('-open' in str(t.marker.symbol) for t in fig.data) else ''
     fig.update_layout(template=template(dark), height=height, margin=dict(t=100, b=15), legend=dict(orientation='h', y=1.02, yanchor='bottom', x=0),
-                      title=f'{len(order)} of {len(W)} images of one spot<br><sup>mean affinity within: greedy {name(inner_mean(W, order))}, at random {name(inner_mean(W, other))}</sup>')
+                      title=f'{len(order)} of {len(W)} images of one spot<br><sup>mean affinity within: greedy {name(inner_mean(W, order))}, at random {name(inner_mean(W, other))}{hollow}</sup>')
     fig.update_xaxes(row=1, col=1, visible=True, range=[-.5, len(order) - .5], tickvals=list(range(len(order))), ticktext=['anchor: seed score', *(f'+{t}: to the {t} taken' for t in range(1, len(order)))], showticklabels=True)
     fig.update_yaxes(row=1, col=1, title='mean affinity [m]')
     return fig
