@@ -21,6 +21,7 @@ from .ranks import first, joined, launch, tables_from_first, told
 from .protocols import SOURCE, Protocol
 from .viz.report import write_report
 from .benchmark import audit, audit_table, evaluate, plot_audit, raw_baselines
+from .stream import SEARCHES
 from .settings import Settings, make_model
 from .memory import memory_report
 from .train import again, fit
@@ -134,6 +135,7 @@ def eval_parser():
     p.add_argument('--size', type=size, metavar='SIDE|HxW', help="image size; default the checkpoint's evaluation size, else 322")
     p.add_argument('--batch-size', type=count, metavar='N', help='images at a time; with --head the published one for the set unless given')
     p.add_argument('--memory', type=memory, metavar='2GB', help='search the database in pieces within so much memory')
+    p.add_argument('--search', choices=tuple(SEARCHES), default='exact', help='how answers are searched; what another way than exact costs is printed')
     p.add_argument('--search-costs', action='store_true', help='also what float16 and IVF-PQ save and cost')
     p.add_argument('--head', action='store_true', help='run InteractHead across the images of a batch: descriptors then depend on batch and order')
     p.add_argument('--order', choices=('sorted', 'shuffled'), default='sorted', help='order in which images are batched')
@@ -153,6 +155,7 @@ def check_flags(args):
     "Raise `UserError` for flags that would not do what they say together."
     whole = [f for f in ('audit', 'baselines', 'search_costs') if getattr(args, f)]
     if args.memory and whole: raise UserError(f'--memory: --{whole[0].replace("_", "-")} holds all descriptors at once; leave one of the two out')
+    if args.memory and args.search != 'exact': raise UserError('--memory: the search in pieces is exact; leave out --search, or --memory')
     rule = next((f for f in ('frames', 'radius') if getattr(args, f) is not None), None)
     if rule and args.benchmark and not args.data: raise UserError(f'--{rule}: a benchmark has its own rule; leave it out, or name the folder with --data')
     if args.audit and args.batch_size: raise UserError('--batch-size: the audit has its own batch sizes; leave one of the two out')
@@ -191,7 +194,7 @@ def measure(model, name, protocol, e, args, precision, how): # results of one se
     raw = raw_baselines(model, *parts, name=protocol.title, positive=protocol.positive, batch_size=args.batch_size or 32, **how) if args.baselines else []
     batch = args.batch_size or (protocol.batch if args.head else 32)
     return [*raw, evaluate(model, *parts, batch_size=batch, head=args.head, order=args.order, seed=args.seed, name=protocol.title, positive=protocol.positive, label=name,
-                           notes=e.notes, precision=precision, memory=args.memory, costs=args.search_costs, **how)]
+                           notes=e.notes, precision=precision, memory=args.memory, costs=args.search_costs, by=args.search, **how)]
 
 def show_audit(model, protocol, e, how, out):
     "Measure, print, and where asked write the cross-image audit."
