@@ -88,7 +88,7 @@ SOURCES = dict(towns=photograph_town, leaves=paint_leaves)
 
 def photograph(source, towns, poses, workers):
     from concurrent.futures import ProcessPoolExecutor
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(max(workers, 1)) as pool:
         parts = list(pool.map(SOURCES[source], range(towns), [poses] * towns))
     return [np.concatenate(p) for p in zip(*parts)]
 
