@@ -79,8 +79,9 @@ class Aside:
     ):              # what it returns
         "Raises the `UserError` that the function raises, RuntimeError for any other, and `Ended` where the process is killed."
         with self.lock:
-            code = 0
-            while code == 0:                                                  # one that has been idle for long ends with 0, and is replaced
+            code, tries = 0, 0
+            while code == 0 and tries < 2:                                    # one that has been idle for long ends with 0, and is replaced once
+                tries += 1
                 if self.process is None or self.process.poll() is not None: self._begin()
                 try: self.line.send((module, name, args)); good, result = self.line.recv(); break
                 except (EOFError, OSError): code = self._end()
