@@ -16,6 +16,7 @@ help:
 	@echo 'make torture          kills, full disks, damaged files, fuzzing, mutants: hours'
 	@echo 'make lowest           the quick checks with the lowest version of every requirement'
 	@echo 'make audit            known weaknesses of the installed requirements (asks pypi.org)'
+	@echo 'make bench            the measurements at a size for two cores, some 20 minutes'
 	@echo 'make lab              the notebooks in JupyterLab'
 	@echo 'make env              only the environment; prints its python'
 	@echo 'make export           notebooks -> sage/'
@@ -37,7 +38,7 @@ browser:
 	@$(find_py); "$$py" -m pytest -q tests/test_browser.py
 
 torture:
-	@$(find_py); SAGE_TORTURE=1 "$$py" -m pytest -q -s tests/faults && "$$py" tests/faults/long.py && "$$py" tools/mutate.py $(ARGS)
+	@$(find_py); SAGE_TORTURE=1 "$$py" -m pytest -q -s tests/faults && "$$py" tests/faults/long.py && "$$py" tests/faults/long.py --records 1000 && "$$py" tools/mutate.py $(ARGS)
 
 lowest:
 	@py=$$($(PYTHON) tools/env.py lowest) && "$$py" tools/check.py quick
@@ -49,7 +50,8 @@ lab:
 	@$(find_py); "$(bin)/jupyter" lab nbs $(ARGS)
 
 bench:
-	@$(find_py); for script in bench/*.py; do [ $$script = bench/common.py ] || { echo "== $$script"; "$$py" $$script || exit 1; }; done
+	@$(find_py); failed=''; for script in bench/*.py; do name=$$(basename $$script .py); [ $$name = common ] && continue; \
+	  echo "== $$script"; "$$py" $$script --out bench/results/quick/$$name.json || failed="$$failed $$name"; done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 export:
 	@$(find_py); "$(bin)/nbdev_export"

@@ -19,6 +19,7 @@ from sage.retrieval import positives_within
 from sage.settings import Settings, make_model
 from sage.sources import WORLD, evaluation_sets, world
 from sage.train import fit
+from sage.viz.style import COLORS
 
 from common import arguments, keep
 
@@ -84,12 +85,14 @@ def figure(rows):
     r = pd.DataFrame(rows); names = list(dict.fromkeys(r.set))
     r['above'] = r['R@1'] - r.merge(r[r.setting == 'head off'], on=['set', 'training_seed'])['R@1_y'].to_numpy()
     r = r[r.setting.str.contains('batches')]; settings = list(dict.fromkeys(r.setting))
-    fig = Figure(figsize=(3.2 * len(names) + 1, 2.9), dpi=110, layout='constrained')
+    fig, looks = Figure(figsize=(3.2 * len(names) + 1, 3.2), dpi=110, layout='constrained'), dict(sorted=(COLORS['vermillion'], 'D'), shuffled=(COLORS['blue'], 'o'))
     for ax, name in zip(fig.subplots(1, len(names), sharey=True, squeeze=False)[0], names):
-        one = r[r.set == name]
-        ax.scatter(one.above, [settings.index(s) + .12 * (seed - 2) for s, seed in zip(one.setting, one.training_seed)], c=['#c44e52' if o == 'sorted' else '#2b6ca3' for o in one.order], s=12, alpha=.8)
+        for order, (color, mark) in looks.items():
+            one = r[(r.set == name) & (r.order == order)]
+            ax.scatter(one.above, [settings.index(s) + .12 * (seed - 2) for s, seed in zip(one.setting, one.training_seed)], c=color, marker=mark, s=12, alpha=.8, label=order)
         ax.axvline(0, color='#555555', lw=.8, ls=':'); ax.set_yticks(range(len(settings)), settings, fontsize=8); ax.grid(alpha=.3); ax.set_title(name, fontsize=9); ax.set_xlabel('points of R@1 above head off', fontsize=8)
     ax.invert_yaxis()
+    fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=8, frameon=False)
     return fig
 
 

@@ -1,4 +1,4 @@
-"""The sizes of the workbench in a browser without a network: 50,000 places with 500,000 edges, 20,000 points on a map, a burst, all tabs of a run.
+"""The sizes of the workbench in a browser without a network: 50,000 places with 500,000 edges (a step of the slider, a drag, the wheel), 20,000 points on a map, a burst, all tabs of a run.
 
     python bench/browser.py [--run RUN] [--screens FOLDER]     RUN: a run folder with attention maps whose workbench is opened; default a made-up one
                                                                FOLDER: pictures of every tab at 1440 × 900, light and dark, and light on a taller screen
@@ -20,6 +20,9 @@ from test_browser import CHROMIUM, IDLE, INK, SPOT, Desk, lab, made_up, notebook
 TABS = ('Graph', 'Cliques', 'Attention', 'Embedding', 'Retrieval', 'Training')
 DRAWN = "() => {const seen = [...document.querySelectorAll('.sage-plot')].filter(d => d.offsetParent); return seen.length > 0 && seen.every(d => d.dataset.drawn)}"   # every plot of the open tab
 NUMBER = "() => +([...document.querySelectorAll('.sage-plot')].filter(d => d.offsetParent)[0] || {dataset: {}}).dataset.drawn || 0"                                        # of the figure that was painted last
+
+RECORD = "() => {window.sageFrames = []; window.sageHold = false; const f = t => {window.sageFrames.push(t); if (!window.sageHold) requestAnimationFrame(f);}; requestAnimationFrame(f);}"            # when the browser paints
+FRAMES = "() => {window.sageHold = true; return window.sageFrames.slice(1).map((t, i) => (t - window.sageFrames[i])/1000)}"                                                                          # seconds between one picture and the next
 
 
 def large_run(path, n=50_000, m=500_000, epochs=3, seed=0):
@@ -91,8 +94,33 @@ def faults(d):
     return found
 
 
+def gesture(d, moves):
+    "Seconds between the pictures that are painted while the mouse does something, and from its end until the edges of the new window are."
+    number = d.page.evaluate(NUMBER)
+    d.page.evaluate(RECORD)
+    moves()
+    start, frames = time.perf_counter(), d.page.evaluate(FRAMES)
+    d.until(lambda: d.page.evaluate(NUMBER) > number, 30)
+    d.page.wait_for_timeout(1500)
+    return frames, time.perf_counter() - start - 1.5
+
+
+def drag(d):
+    "Across the graph, thirty steps of a quarter of an inch."
+    d.page.mouse.move(600, 500)
+    d.page.mouse.down()
+    for i in range(30): d.page.mouse.move(600 + 12*i, 500 - 4*i)
+    d.page.mouse.up()
+
+
+def wheel(d):
+    "Closer, a notch at a time."
+    d.page.mouse.move(600, 500)
+    for _ in range(8): d.page.mouse.wheel(0, -100); d.page.wait_for_timeout(60)
+
+
 def large_in_browser(browser, run, folder):
-    "Seconds of a step of the slider until it is painted, and of a burst of a hundred figures."
+    "Seconds of a step of the slider until it is painted, of the pictures of a drag and of the wheel, and of a burst of a hundred figures."
     notebook(folder/'work.ipynb', f'from sage.workbench import Workbench\nbench = Workbench({str(run.path)!r})\nbench')
     with lab(folder) as url:
         d = desk_of(browser, url)
@@ -104,6 +132,8 @@ def large_in_browser(browser, run, folder):
             slide(d, 'epoch', 'epoch', e)
             d.until(lambda: d.page.evaluate(NUMBER) > number and ('before training' if e == 0 else 'after 1 epoch ') in d.title(), 60)
             steps.append(time.perf_counter() - start)
+        d.page.wait_for_timeout(1500)
+        moved = {name: gesture(d, lambda: f(d)) for name, f in (('a drag', drag), ('the wheel', wheel))}
         d.page.evaluate("""() => {window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({code: `
 import copy
 fig = bench.pages[0].figure[1]
@@ -113,7 +143,7 @@ for i in range(100): fig.layout.title.text = f'burst {i}'; bench.pages[0].graph.
         d.until(lambda: d.title() == 'burst 99', 120)
         burst = time.perf_counter() - start
         drawn = d.page.evaluate("() => +[...document.querySelectorAll('.sage-plot')].filter(d => d.offsetParent)[0].dataset.drawn")
-        return steps, burst, drawn, faults(d)
+        return steps, moved, burst, drawn, faults(d)
 
 
 def tabs_in_browser(browser, run, folder, screens=None):
@@ -206,6 +236,7 @@ def main():
     parser.add_argument('--run', metavar='RUN', help='run folder whose tabs are opened; default a made-up one')
     parser.add_argument('--screens', metavar='FOLDER', help='pictures of every tab go there')
     args, rows = parser.parse_args(), []
+    if CHROMIUM is None: return print('no chromium on the path, nothing measured')
     def say(what, seconds, bar, **more):
         rows.append(dict(what=what, seconds=round(seconds, 2), bar=bar, **more))
         print(f'{what:<58} {seconds:6.2f} s   {f"bar {bar:g} s   {seconds/bar:.2f} of it" if bar else "no bar"}   {more or ""}', flush=True)
@@ -219,10 +250,12 @@ def main():
         browser = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
         took, drawn = map_time(browser, map_page(tmp/'map.html', seed=args.seed))
         say('map of 20,000 points, from opening to drawn', took, 3, points=drawn)
-        steps, burst, drawn, errors = large_in_browser(browser, large, tmp/'large')
+        steps, moved, burst, drawn, errors = large_in_browser(browser, large, tmp/'large')
         say('a step of the slider at that size, the slowest of three', max(steps), 2, all=[round(s, 2) for s in steps])
+        for name, (frames, edges) in moved.items():
+            say(f'a picture of {name} at that size, the median of {len(frames)}', float(np.median(frames)), .1, slowest=round(max(frames), 2), new_edges_after=round(edges, 2))
         say('a burst of 100 figures at that size, until the last is seen', burst, 10, drawn=drawn, errors=errors)
-        run = Run(args.run) if args.run else made_up(tmp/'small'/'run')
+        run = Run(args.run) if args.run else made_up(tmp/'made'/'run')
         tabs, live, scripts, errors = tabs_in_browser(browser, run, tmp/'small', args.screens)
         say('the workbench with all tabs, from running its cell', max(tabs.values()), 15, scripts=scripts, errors=errors, tabs={t: round(s, 2) for t, s in tabs.items()})
         say('from the end of an epoch until its graph is painted', max(live), 2, all=[round(s, 2) for s in live])

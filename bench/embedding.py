@@ -1,10 +1,11 @@
 """Describing, rebuilding the graph, loading: what each costs against the named alternative, run by turns in one process.
 
-    python bench/embedding.py [--backbone NAME] [--images 8] [--turns 3] [--only describe,rebuild,loader]
+    python bench/embedding.py [--backbone NAME] [--images 8] [--turns 3] [--only describe,rebuild,loader,decoding]
 
 describe  against the published way: the whole forward in float32, attention step by step, no gradient
 rebuild   embedding of images on the disk: from pixels, and from kept tokens (sage.prefix) of the frozen blocks
 loader    JPEG files of 640 x 480: decoded, distorted and batched by one process, and how many such processes a GPU would keep busy
+decoding  from a file to a tensor: Pillow, as it is done, against torchvision's decoder and a resize of tensors, which were tried
 
 Weights are random, LayerScale is set to 1 (as made it is 1e-5, and the blocks would hardly count): times do not depend on them, and rounding has something to work on.
 """
@@ -16,11 +17,14 @@ import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import to_pil_image
 
 from common import arguments, keep, machine
 from sage.core import stream
 from sage.feed import Steps, Sources, Views, autocast, embed
-from sage.images import eval_transform, train_transform
+from sage.images import MEAN, STD, eval_transform, load_image, train_transform
 from sage.learner import SageModule
 from sage.model import create_sage
 from sage.places import make_table
@@ -115,6 +119,23 @@ def loader(args):
         print('loader {side}²  {way:<22} {images_per_s:6.1f} images/s for one process ({images_per_cpu_s:.1f} a second of CPU time)'.format(**rows[-1]) + (f'; {flops/1e9:.1f} GFLOP an image: 45 % of the stated peak of an H200 would take {rows[-1]["processes_for_an_h200"]:.0f} of them' if 'train' in name else ''), flush=True)
     return rows
 
+def decoding(args):
+    "From a file to a network's input, on one thread: what is done, against torchvision's decoder and against resizing as a tensor."
+    side, rows, plain = args.sides[0], [], eval_transform(args.sides[0])
+    tensor = v2.Compose([v2.Resize((side, side), v2.InterpolationMode.BICUBIC, antialias=True), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    ways = {'Pillow (as it is)': lambda p: plain(load_image(p)),
+            'torchvision decodes, Pillow resizes': lambda p: plain(to_pil_image(decode_jpeg(read_file(p), mode=ImageReadMode.RGB))),
+            'torchvision decodes, resized as a tensor': lambda p: tensor(decode_jpeg(read_file(p), mode=ImageReadMode.RGB))}
+    threads = torch.get_num_threads(); torch.set_num_threads(1)
+    wall, cpu = by_turns({name: lambda f=f: [f(p) for p in args.photos.image] for name, f in ways.items()}, 2*args.turns)
+    torch.set_num_threads(threads)
+    first = next(iter(ways.values()))
+    for name, f in ways.items():
+        off = max(float((first(p) - f(p)).abs().max()) for p in args.photos.image[:8])
+        rows.append(dict(what='decoding', side=side, way=name, images_per_cpu_s=len(args.photos) / cpu[name], ratio_cpu=cpu[next(iter(ways))] / cpu[name], largest_difference=off))
+        print('decoding {side}²  {way:<42} {ratio_cpu:5.2f}× (CPU time)  largest difference of a pixel {largest_difference:.4f}'.format(**rows[-1]), flush=True)
+    return rows
+
 
 if __name__ == '__main__':
     parser = arguments(__doc__)
@@ -122,12 +143,12 @@ if __name__ == '__main__':
     parser.add_argument('--images', type=int, default=8, help='a batch')
     parser.add_argument('--turns', type=int, default=3)
     parser.add_argument('--sides', type=int, nargs='+', default=[224, 322])
-    parser.add_argument('--only', default='describe,rebuild,loader')
+    parser.add_argument('--only', default='describe,rebuild,loader,decoding')
     parser.add_argument('--bf16', action=argparse.BooleanOptionalAction, default=torch.cpu._is_avx512_bf16_supported(), help='measure bfloat16, too (default: where the processor has it)')
     args = parser.parse_args()
     print({**machine(), 'torch_threads': torch.get_num_threads()})
     with tempfile.TemporaryDirectory() as folder:
         args.photos = photographs(folder, max(32, 2 * args.images), args.seed)
-        rows = [row for part in args.only.split(',') for row in dict(describe=describe, rebuild=rebuild, loader=loader)[part](args)]
+        rows = [row for part in args.only.split(',') for row in dict(describe=describe, rebuild=rebuild, loader=loader, decoding=decoding)[part](args)]
     del args.photos
     keep('embedding', args, rows, ('torch', 'torchvision', 'timm', 'numpy', 'pillow'))

@@ -1,18 +1,20 @@
 """A training step and a description on one GPU: images a second, share of the matrix peak, memory, and where the time goes.
 
-    python bench/gpu_step.py            ViT-B and ViT-L at 224² and 322², 240 images, on the first GPU
-    python bench/gpu_step.py --tiny     the small backbone at 56², 12 images, on the CPU: shows that the script runs, says nothing about a GPU
+    python bench/gpu_step.py                                   ViT-B and ViT-L at 224² and 322², 240 images, on the first GPU
+    python bench/gpu_step.py --models ViT-B --sides 224        a part of it; what --out holds of other parts is kept
+    python bench/gpu_step.py --tiny                            the small backbone at 56², 12 images, on the CPU: shows that the script runs, says nothing about a GPU
 
 Ways: eager    float32, attention in steps, as published          (the alternative that ratios are against)
+      bf16     bfloat16 autocast, attention in steps
       sdpa     bfloat16 autocast, fused attention                 (what sage_train does)
       compile  the same, blocks and probing through torch.compile
-The matrix peak is measured first: the best of a few large products in bfloat16. The memory that sage_train --dry-run expects stands beside what was held.
+The matrix peak is measured first: the best of a few large products in bfloat16. The memory that sage_train --dry-run expects (with fused attention) stands beside what was held.
+Parts of the time are told by events in the device's own queue, between the parts: the profiler books the kernels of the backward pass on another thread.
 """
-import os, time
-os.environ.setdefault("KINETO_LOG_LEVEL", "99") # the profiler's own messages
+import gc, json, time
+from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from common import arguments, keep, machine
 from embedding import step_flops
@@ -21,7 +23,7 @@ from sage.learner import SageModule
 from sage.memory import expected_bytes
 from sage.settings import Settings, make_model
 
-WAYS = dict(eager=('32-true', False, False), sdpa=('bf16-mixed', True, False), compile=('bf16-mixed', True, True))
+WAYS = dict(eager=('32-true', False, False), bf16=('bf16-mixed', False, False), sdpa=('bf16-mixed', True, False), compile=('bf16-mixed', True, True))
 
 
 def wait(device):
@@ -57,15 +59,14 @@ class Step:
         self.prefix, self.last, self.probe = model.backbone.prefix, model.backbone.suffix, model.probing
         if compiled: self.prefix, self.last, self.probe = (torch.compile(f) for f in (self.prefix, self.last, self.probe))
 
-    def __call__(self):
+    def __call__(self, mark=lambda part: None):
         with autocast(self.device, self.precision):
-            with record_function('part: frozen blocks'): tokens = self.prefix(self.images)
-            with record_function('part: last blocks'): cls, patches = self.last(tokens)
-            with record_function('part: probing'): d = self.probe(patches, cls)
-        with record_function('part: miner and loss'):
-            d = d.float(); loss = self.module.loss(d, self.labels, self.module.miner(d, self.labels))
-        with record_function('part: backward'): loss.backward()
-        with record_function('part: optimizer'): self.optimizer.step(); self.optimizer.zero_grad()
+            tokens = self.prefix(self.images); mark('frozen blocks')
+            cls, patches = self.last(tokens); mark('last blocks')
+            d = self.probe(patches, cls); mark('probing')
+        d = d.float(); loss = self.module.loss(d, self.labels, self.module.miner(d, self.labels)); mark('miner and loss')
+        loss.backward(); mark('backward')
+        self.optimizer.step(); self.optimizer.zero_grad(); mark('optimizer')
 
     @torch.no_grad()
     def describe(self):
@@ -74,44 +75,70 @@ class Step:
         self.module.train()
 
     def parts(self):
-        "Share of the time by part, as the profiler saw it."
-        with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device == 'cuda')) as p: self(); wait(self.device)
-        spent = {e.key.removeprefix('part: '): max(e.device_time_total, 0) if self.device == 'cuda' else e.cpu_time_total for e in p.key_averages() if e.key.startswith('part: ')}
+        "Share of the time by part."
+        marks = [('', self.moment())]
+        self(lambda part: marks.append((part, self.moment())))
+        wait(self.device)
+        spent = {part: between(a, b) for (_, a), (part, b) in zip(marks, marks[1:])}
         return {k: v / max(sum(spent.values()), 1e-9) for k, v in spent.items()}
 
+    def moment(self): # now, in the device's queue
+        if self.device != 'cuda': return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True); event.record()
+        return event
+
+
+def between(a, b): return b - a if isinstance(a, float) else a.elapsed_time(b)
 
 def measure(name, s, way, device, peak, turns):
     "One row."
+    torch._dynamo.reset(); gc.collect()                        # a second size would be compiled for any size
+    if device == 'cuda': torch.cuda.empty_cache()
     step = Step(s, way, device)
     if device == 'cuda': torch.cuda.reset_peak_memory_stats()
     n, t = len(step.images), seconds(step, device, turns)
     held = torch.cuda.max_memory_allocated() if device == 'cuda' else None
-    expected = expected_bytes(Settings(**{**vars(s), 'precision': WAYS[way][0]}), device=device)['peak']
+    precision, fused, _ = WAYS[way]
+    expected = expected_bytes(Settings(**{**vars(s), 'precision': precision}), device=device)['peak'] if fused else None
     described = n / seconds(step.describe, device, turns)
-    return dict(model=name, side=s.image_size, way=way, images=n, train_images_per_s=n / t, mfu=step_flops(s.backbone, s.image_size) * n / t / peak, describe_images_per_s=described, memory=held, expected=expected, parts=step.parts())
+    return dict(train_images_per_s=n / t, mfu=step_flops(s.backbone, s.image_size) * n / t / peak, describe_images_per_s=described, memory=held, expected=expected, parts=step.parts())
+
+def tried(*args):
+    "A row, or why there is none: one that fails takes no other with it."
+    try: return measure(*args)
+    except torch.cuda.OutOfMemoryError: return dict(failed='does not fit')
+    except Exception as e: return dict(failed=f'{type(e).__name__}: {" ".join(str(e).split())[:300]}')
+
+def line(row, first):
+    "A row for a reader."
+    name = f'{row["model"]} {row["side"]}² {row["way"]:<8}'
+    if 'failed' in row: return f'{name} {row["failed"]}'
+    gigabytes = ''.join(f', {what} {row[key]/1e9:.2f} GB' for what, key in (('expected', 'expected'), ('held', 'memory')) if row[key])
+    ratio = f' ({row["train_images_per_s"]/first:.2f}×)' if first else ''
+    return f'{name} {row["train_images_per_s"]:8.1f} images/s{ratio}, {row["mfu"]:.0%} of the peak, describe {row["describe_images_per_s"]:.1f}/s{gigabytes}; ' + ', '.join(f'{k} {v:.0%}' for k, v in row['parts'].items())
 
 def main():
     parser = arguments(__doc__)
     parser.add_argument('--tiny', action='store_true', help='a toy size on the CPU')
     parser.add_argument('--turns', type=int, default=10)
     parser.add_argument('--ways', nargs='+', default=list(WAYS), choices=list(WAYS))
+    parser.add_argument('--models', nargs='+', default=['ViT-B', 'ViT-L'], choices=['ViT-B', 'ViT-L'])
+    parser.add_argument('--sides', nargs='+', type=int, default=[224, 322])
     args = parser.parse_args()
     if not args.tiny and not torch.cuda.is_available(): return print('no GPU here, nothing measured; --tiny shows on the CPU that the script runs')
-    device, turns = ('cpu', 2) if args.tiny else ('cuda', args.turns)
-    cases = [('nano', 'sage_nano', 56)] if args.tiny else [(n, f'vit_{f}_patch14_dinov2.lvd142m', side) for n, f in (('ViT-B', 'base'), ('ViT-L', 'large')) for side in (224, 322)]
-    peak, rows = matrix_peak(device, args.tiny), []
-    print(machine(), torch.cuda.get_device_name() if device == 'cuda' else 'CPU, toy size: no statement about a GPU', f'matrix peak {peak/1e12:.1f} TFLOP/s', sep='\n', flush=True)
-    for name, backbone, side in cases:
+    device, turns, name = ('cpu', 2, 'gpu_step_tiny') if args.tiny else ('cuda', args.turns, 'gpu_step')
+    args.out = args.out or Path(__file__).parent/'results'/f'{name}.json'
+    cases = [('nano', 'sage_nano', 56)] if args.tiny else [(n, f'vit_{dict(B="base", L="large")[n[-1]]}_patch14_dinov2.lvd142m', side) for n in args.models for side in args.sides]
+    mine = lambda r: (r['model'], r['side']) in {(n, side) for n, _, side in cases} and r['way'] in args.ways
+    rows = [r for r in json.loads(args.out.read_text())['rows']['rows'] if not mine(r)] if args.out.exists() else []
+    peak, card = matrix_peak(device, args.tiny), torch.cuda.get_device_name() if device == 'cuda' else 'CPU, toy size: no statement about a GPU'
+    print(machine(), card, f'matrix peak {peak/1e12:.1f} TFLOP/s', sep='\n', flush=True)
+    for model, backbone, side in cases:
         s = Settings(backbone=backbone, image_size=side, places_per_batch=4 if args.tiny else 60, images_per_place=3 if args.tiny else 4, device=device)
         for way in args.ways:
-            try: row = measure(name, s, way, device, peak, turns)
-            except torch.cuda.OutOfMemoryError: row = dict(model=name, side=side, way=way, memory='does not fit')
+            row = dict(model=model, side=side, way=way, images=s.places_per_batch * s.images_per_place) | tried(model, s, way, device, peak, turns)
             rows.append(row)
-            first = next((r.get('train_images_per_s') for r in rows if (r['model'], r['side'], r['way']) == (name, side, 'eager')), None)
-            if 'mfu' not in row: print(f'{name} {side}² {way}: does not fit'); continue
-            print(f'{name} {side}² {way:<8} {row["train_images_per_s"]:8.1f} images/s' + (f' ({row["train_images_per_s"]/first:.2f}×)' if first else '') + f', {row["mfu"]:.0%} of the peak, describe {row["describe_images_per_s"]:.1f}/s, expected {row["expected"]/1e9:.2f} GB'
-                  + (f', held {row["memory"]/1e9:.2f} GB' if row['memory'] else '') + '; ' + ', '.join(f'{k} {v:.0%}' for k, v in row['parts'].items()), flush=True)
-            if device == 'cuda': torch.cuda.empty_cache()
-    keep('gpu_step_tiny' if args.tiny else 'gpu_step', args, dict(device=torch.cuda.get_device_name() if device == 'cuda' else 'CPU', matrix_peak=peak, rows=rows), ('torch', 'timm', 'lightning', 'numpy'))
+            print(line(row, next((r.get('train_images_per_s') for r in rows if (r['model'], r['side'], r['way']) == (model, side, 'eager')), None)), flush=True)
+            keep(name, args, dict(device=card, matrix_peak=peak, rows=rows), ('torch', 'timm', 'lightning', 'numpy'))
 
 if __name__ == '__main__': main()

@@ -1,13 +1,15 @@
 """Exact search in bounded memory: 200,000 descriptors of 8448 float16 numbers (3.4 GB on the disk) asked 100 questions with 1 GB.
 
-    python bench/stream.py [rows] [memory]
+    python bench/stream.py [--rows 200000] [--memory 1GB]
 
 Peak memory is that of a process that does nothing but search. Its answers are compared with a flat search of a subset held in memory, and for a few queries with plain numpy over all rows.
 """
-import json, platform, subprocess, sys, tempfile, time
+import json, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
+
+from common import arguments, keep
 
 DIM, QUERIES, K, SUBSET = 8448, 100, 20, 10_000
 
@@ -52,9 +54,13 @@ def compare(folder, memory):
 
 
 def main():
-    rows, memory = int(sys.argv[1]) if len(sys.argv) > 1 else 200_000, sys.argv[2] if len(sys.argv) > 2 else '1GB'
+    parser = arguments(__doc__)
+    parser.add_argument('--rows', type=int, default=200_000)
+    parser.add_argument('--memory', default='1GB')
+    args = parser.parse_args()
     from sage.stream import parse_memory
-    limit, result = parse_memory(memory), dict(bench='stream', rows=rows, dim=DIM, queries=QUERIES, memory=parse_memory(memory), python=platform.python_version())
+    rows, memory, limit = args.rows, args.memory, parse_memory(args.memory)
+    result = dict(rows=rows, dim=DIM, queries=QUERIES, memory=limit)
     with tempfile.TemporaryDirectory() as folder:
         for step, argument in (('make', rows), ('ask', limit), ('compare', limit)):
             start = time.perf_counter()
@@ -62,9 +68,7 @@ def main():
             result |= json.loads(out) if out else {}
             print(f'{step}: {time.perf_counter() - start:.0f} s', flush=True)
     print(f'{rows:,} × {DIM} float16, {QUERIES} queries, {memory}: {result["seconds"]} s, {result["note"]}\nequal to the flat search of {SUBSET:,} rows: {result["subset_equal"]}; to plain numpy on all: {result["plain_equal"]}')
-    keep = Path(__file__).parent/'results'/'stream.json'
-    keep.write_text(json.dumps(result, indent=1) + '\n')
-    print(f'-> {keep}')
+    keep('stream', args, [result], ('numpy', 'faiss-cpu'))
 
 
 if __name__ == '__main__':

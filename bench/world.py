@@ -2,12 +2,14 @@
 
     python bench/world.py
 """
-import json, os, platform, time
+import time
 from concurrent.futures import ProcessPoolExecutor
 
 from sage.core import stream
 from sage.render import CONDITIONS, Camera, Photographer, draw_condition
 from sage.town import Town, headings
+
+from common import arguments, keep
 
 
 def photographs(kind, n=100, size=112):
@@ -19,14 +21,14 @@ def photographs(kind, n=100, size=112):
 
 
 def main():
-    rates = {}
+    args, rates = arguments(__doc__).parse_args(), {}
     for processes in (1, 2):
         with ProcessPoolExecutor(processes) as pool:
             list(pool.map(photographs, ['day'] * processes, [2] * processes))  # imports and first calls are not counted
             start = time.perf_counter()
             rates[processes] = sum(pool.map(photographs, CONDITIONS)) / (time.perf_counter() - start)
     print(f'one process   {rates[1]:6.0f} photographs/s at 112 × 112\ntwo processes {rates[2]:6.0f} photographs/s, {rates[2] / rates[1]:.2f} times as many')
-    print(json.dumps(dict(bench='world', rates=rates, python=platform.python_version(), cores=os.cpu_count())))
+    keep('world', args, [dict(processes=n, photographs_per_s=r) for n, r in rates.items()], ('numpy', 'pillow'))
 
 
 if __name__ == '__main__': main()
