@@ -58,15 +58,18 @@ class Kept:
         say=None,    # called with a sentence when no more can be kept
     ):
         self.folder, self.shape, self.room, self.say = folder, tuple(shape), room, say or (lambda text: print(text, file=sys.stderr))
-        self.bytes, self.where, self.parts, self.waiting, self.files = 2 * int(np.prod(shape)), {}, [], [], None
+        self.bytes, self.where, self.parts, self.waiting, self.files, self.own = 2 * int(np.prod(shape)), {}, [], [], None, None
         for path in sorted(folder.glob('*.keys')): self._open(path)
 
-    def _open(self, path): # one process's files
-        keys, tokens = path.read_bytes(), path.with_suffix('.tokens')
-        n = min(len(keys) // 16, tokens.stat().st_size // self.bytes if tokens.exists() else 0)
-        if not n: return
-        self.where |= {keys[16*i:16*i + 16]: (len(self.parts), i) for i in range(n)}
-        self.parts.append(np.memmap(tokens, np.float16, 'r', shape=(n, *self.shape)))
+    def _open(self, path, part=None): # one process's files; `part`: their number, where they were opened before. Returns it
+        tokens, have = path.with_suffix('.tokens'), 0 if part is None else len(self.parts[part])
+        n = min(path.stat().st_size // 16, tokens.stat().st_size // self.bytes if tokens.exists() else 0)
+        if n <= have: return part
+        with open(path, 'rb') as f: f.seek(16*have); keys = f.read(16*(n - have))
+        part = len(self.parts) if part is None else part
+        self.where |= {keys[16*i:16*i + 16]: (part, have + i) for i in range(n - have)}
+        self.parts[part:part + 1] = [np.memmap(tokens, np.float16, 'r', shape=(n, *self.shape))]              # one map for each file, whatever it grows to
+        return part
 
     def __len__(self): return len(self.where)
 
@@ -106,8 +109,8 @@ class Keeper(Kept):
         "Write what waits. What is written survives a crash."
         waiting, self.waiting = self.waiting, []
         for key, _ in waiting: del self.where[key]                        # not there until it is on the disk
-        fit = min(len(waiting), max(0, int(self.room() // (self.bytes + 16)))) if waiting else 0
         try:
+            fit = min(len(waiting), max(0, int(self.room() // (self.bytes + 16)))) if waiting else 0
             if fit: self._write(waiting[:fit])
         except OSError as e: return self._full(e.strerror)
         if fit < len(waiting): self._full('the budget is spent')
@@ -117,7 +120,7 @@ class Keeper(Kept):
         tokens, n = self.files.with_suffix('.tokens'), 0 if not self.files.exists() else self.files.stat().st_size // 16
         _append(tokens, n * self.bytes, b''.join(t.tobytes() for _, t in rows))
         _append(self.files, n * 16, b''.join(k for k, _ in rows))
-        self._open(self.files)
+        self.own = self._open(self.files, self.own)
 
     def _full(self, why):
         self.room = None
@@ -126,11 +129,14 @@ class Keeper(Kept):
 # %% ../nbs/15_prefix.ipynb #38c37d59
 def _append(path, size, data):
     "Append to a file of `size` bytes and force it to the disk; on failure cut it back."
-    with open(path, 'ab') as f:
+    with open(path, 'ab', buffering=0) as f:                              # a buffer would write its rest when it is closed, behind what was cut
         f.truncate(size)
-        try: f.write(data); f.flush(); os.fsync(f.fileno())
+        try:
+            rest = memoryview(data)
+            while rest: rest = rest[f.write(rest):]
+            os.fsync(f.fileno())
         except OSError:
-            os.truncate(path, size)
+            f.truncate(size)
             raise
 
 class PrefixCache:

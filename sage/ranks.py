@@ -35,6 +35,7 @@ def joined(
     me = told()
     if me['size'] == 1 or dist.is_initialized(): yield; return
     cuda = torch.cuda.is_available() and str(device).startswith(('auto', 'cuda'))
+    if cuda and me['here'] > torch.cuda.device_count(): raise UserError(f'{me["here"]} processes were started, and this machine has {torch.cuda.device_count()} GPUs; start at most as many, or give --device cpu')
     if cuda: torch.cuda.set_device(me['local'])
     dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(hours=2))   # the first one may search or draw for long
     try: yield

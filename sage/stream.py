@@ -103,7 +103,7 @@ def half_search(
     k:int,    # neighbours wanted
 ) -> tuple:   # as `search`
     "Exact search among descriptors that were rounded to float16."
-    if len(database) and np.abs(database).max() > 65504: raise UserError('database: a number is beyond 65504, more than float16 can hold; normalise the descriptors')
+    if len(database) and max(np.max(database), -np.min(database)) > 65504: raise UserError('database: a number is beyond 65504, more than float16 can hold; normalise the descriptors')
     return search(queries, np.asarray(database, np.float16), k)
 
 def ivfpq_parts(
