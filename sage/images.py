@@ -20,41 +20,19 @@ from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from .core import UserError, seed_of
-from .photos import image_errors, open_image
-
-# %% ../nbs/05_images.ipynb #d2b49605
-def _rgb(image):
-    "A loaded image as eight-bit RGB."
-    if image.mode == 'I' or image.mode.startswith('I;16'):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-    if image.mode == 'F': raise ValueError('its pixels are floating-point numbers, save it with 8 or 16 bits')
-    if image.has_transparency_data:
-        image = image.convert('RGBA')
-        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    return image.convert('RGB')
-
-# %% ../nbs/05_images.ipynb #af21c708
-_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90} # EXIF tag Orientation (Exif 2.32, section 4.6.5)
-
-def _upright(image, path):
-    "A loaded image turned as its EXIF says; as it is, where EXIF is damaged."
-    try:
-        with image_errors(path): turn = _TURNS.get(image.getexif().get(0x0112))
-    except UserError: turn = None
-    return image if turn is None else image.transpose(turn)
+from .photos import MOST_PIXELS, image_errors, open_image, rgb, upright
 
 # %% ../nbs/05_images.ipynb #4f39ab6d
 def load_image(
     path,             # image file
-    limit=80_000_000, # most pixels it may have
+    limit=MOST_PIXELS, # most pixels it may have
 ) -> Image.Image:     # RGB, upright
     "Decode an image. Raises `UserError` naming the file: not there, empty, no image, broken off, or more than `limit` pixels."
     with open_image(path) as image, image_errors(path, 'cannot be decoded'):
         wide, high = image.size
         if wide*high > limit: raise UserError(f'{path}: {wide} x {high} pixels are more than the limit of {limit:,}; make it smaller, or raise the limit')
         image.load()
-        return _rgb(_upright(image, path))
+        return rgb(upright(image, path))
 
 # %% ../nbs/05_images.ipynb #f6cc8478
 def _reason(path):

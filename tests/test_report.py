@@ -2,6 +2,7 @@
 import json, re, shutil, subprocess, sys
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from sage.core import UserError
@@ -100,3 +101,15 @@ def test_command_refuses(run, tmp_path, root, monkeypatch, args, said):
     from sage.command import said as complaint
     text, code = complaint(sage_report, *(a.format(tmp=tmp_path, run=run.path) for a in args))
     assert code == 2 and said.lower() in text.lower() and len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize('change', [lambda n: n.drop(columns='city'), lambda n: n.drop(columns='easting'), lambda n: n.drop(columns='image'), lambda n: n.assign(seed_score='x'), lambda n: n.assign(easting='x'), lambda n: n[:0]])
+def test_a_record_of_another_shape_is_a_page_or_one_sentence(tmp_path, change):
+    "Tables that are whole parquet files and hold something else."
+    run = toy_run(tmp_path/'run', epochs=1)
+    for e in (0, 1):
+        path = run.path/'epochs'/f'{e:04d}'/'nodes.parquet'
+        change(pd.read_parquet(path)).to_parquet(path)
+    try: page = write_report(run, tmp_path/'r.html').read_text()
+    except UserError as e: assert str(run.path) in str(e) and '\n' not in str(e); return
+    assert 'cannot be drawn from what the run recorded' in page or 'class="absent"' in page

@@ -11,6 +11,7 @@ from sage.core import UserError
 from sage.places import make_table
 from sage.run import Run
 from sage.viz.map import add_ground, batch_members, city_boxes, city_streets, clique_map, empty_map, features, fit, hard_negatives, layer, leaflet_head, map_coordinates, map_html, street_lines
+from sage.viz.style import escape
 from sage.viz.toy import toy_run
 
 EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(1)>`${alert(1)}{{ 7*7 }}'
@@ -111,6 +112,19 @@ def test_hostile_names(run, tmp_path):
     assert '<script>alert' not in page and '<img src=x' not in page and r'<img src=x' not in page
     for name in ('tip', 'card'):
         for value in re.findall(rf'"{name}": ("(?:[^"\\]|\\.)*")', page): assert '<img src=x' not in json.loads(value) and '<script' not in json.loads(value)
+
+@pytest.mark.parametrize('name', ['{{ 7*7 }}', '{% endraw %}{{ 7*7 }}{% raw %}', '{% for i in range(9) %}x{% endfor %}', '{# gone #}', '{% broken'])
+def test_a_name_is_no_template(run, tmp_path, name):
+    "folium renders pages with a template engine that can run code: names of cities, in the note of a batch of several, are only text."
+    table, cliques = run.table(), run.cliques(0)
+    far = cliques.row[cliques.slot >= 6].to_numpy()
+    table.loc[far, 'city'] = name
+    two = Run.create(tmp_path/'two', {}, dict(mined=table))
+    two.write_epoch(0, run.nodes(0), run.edges(0), cliques, run.descriptors(0))
+    page = map_html(clique_map(two))
+    assert f'{escape(name)} (2)</a>' in page and '49 ' not in page and 'xxxxxxxxx' not in page
+    assert sum(t['properties'].get('tip', '').startswith(escape(name)) for part in drawn(page) for t in part) >= len(far)
+    assert name in map_html(empty_map(note=name, tiles=True))
 
 def drawn(page):
     "The GeoJSON collections of a page, in order."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYERS_ICON', 'STYLE', 'DARK', 'TALK', 'NOTE', 'leaflet_head', 'map_coordinates', 'features', 'layer', 'street_lines',
-           'city_streets', 'raw', 'empty_map', 'add_note', 'map_html', 'add_ground', 'fit', 'batch_members',
+           'city_streets', 'Raw', 'Plain', 'empty_map', 'add_note', 'map_html', 'add_ground', 'fit', 'batch_members',
            'affinity_html', 'member_card', 'hard_negatives', 'batch_layers', 'city_boxes', 'clique_map']
 
 # %% ../../nbs/51_viz_map.ipynb #e49fabc2
@@ -113,7 +113,7 @@ TALK = """window.addEventListener('load', () => {
   map.on('popupopen', e => {const f = (e.popup._source || {}).feature; if (f && 'node' in f.properties && window.parent !== window) window.parent.postMessage({sage: 'place', node: f.properties.node}, '*');});
   window.addEventListener('message', e => {                                       // ring a slot, and look closer where asked to
     if (e.source !== window.parent || !e.data || e.data.sage !== 'show') return;
-    const at = []; map.eachLayer(l => {if (l.feature && l.getLatLng && l.feature.properties.slot === e.data.slot) at.push(l.getLatLng());});
+    const at = []; map.eachLayer(l => {const f = (l.feature || {}).properties; if (f && l.getLatLng && f.slot === e.data.slot && f.layer === e.data.layer) at.push(l.getLatLng());});
     if (ring) ring.remove(); ring = null;
     if (!at.length) return;
     const box = L.latLngBounds(at); ring = L.circleMarker(box.getCenter(), {radius: e.data.closer ? 60 : 22, color: '#CC79A7', weight: 4, fill: false, interactive: false}).addTo(map);
@@ -122,11 +122,19 @@ TALK = """window.addEventListener('load', () => {
 });"""
 
 # %% ../../nbs/51_viz_map.ipynb #d88a373f
-def raw(
-    html:str,
-) -> folium.Element:
-    "HTML for a page of folium, which would take braces for a template of its own."
-    return folium.Element('{% raw %}' + html + '{% endraw %}')
+class Raw(folium.Element):
+    "HTML for a page of folium as it is. folium takes text for a template, and a template runs code: names from data must never become one."
+    def __init__(self,
+        text:str, # HTML
+    ):
+        super().__init__()
+        self.text = text
+    def render(self, **kwargs): return self.text
+
+class Plain(folium.Element):
+    "A part of a page that takes text as it is: folium makes a template of what a layer has written, names from data included."
+    def add_child(self, child, name=None, index=None):
+        return super().add_child(Raw(child._template_str) if type(child) is folium.Element else child, name, index)
 
 def empty_map(
     degrees=True,  # coordinates are degrees; False: metres
@@ -137,9 +145,10 @@ def empty_map(
 ) -> folium.Map:
     "A Leaflet map that loads nothing, without layers."
     m = folium.Map(tiles=None, prefer_canvas=True, crs='EPSG3857' if degrees else 'Simple', control_scale=False, zoom_snap=.25, max_zoom=22 if degrees else 6, min_zoom=1 if degrees else -10, height=height)
-    m.default_js, m.default_css = [], []
-    m.get_root().header.add_child(raw(leaflet_head() + STYLE % ('#1A1A1A' if dark else '#F4F4F1') + (DARK if dark else '')), name='leaflet')
-    m.get_root().script.add_child(raw(TALK.replace('THE_MAP', m.get_name())), name='talk')
+    m.default_js, m.default_css, page = [], [], m.get_root()
+    for part in (page.header, page.html, page.script): part.__class__ = Plain
+    page.header.add_child(Raw(leaflet_head() + STYLE % ('#1A1A1A' if dark else '#F4F4F1') + (DARK if dark else '')), name='leaflet')
+    page.script.add_child(Raw(TALK.replace('THE_MAP', m.get_name())), name='talk')
     if note: add_note(m, note)
     if tiles and degrees: folium.TileLayer('https://tile.openstreetmap.org/{z}/{x}/{y}.png', attr='© OpenStreetMap contributors', name='OpenStreetMap', max_zoom=22, max_native_zoom=19, overlay=True).add_to(m)
     return m
@@ -150,7 +159,7 @@ def add_note(
     note:str,     # HTML
 ):
     "A note in the lower left corner."
-    m.get_root().html.add_child(raw(f'<div class="sage-note">{note}</div>'), name='note')
+    m.get_root().html.add_child(Raw(f'<div class="sage-note">{note}</div>'), name='note')
 
 def map_html(
     m:folium.Map, # any map from here
@@ -182,7 +191,7 @@ def fit(
     "Show all of `at`."
     low, high = np.min(at, axis=0), np.max(at, axis=0)
     m.fit_bounds([low[::-1].tolist(), high[::-1].tolist()], padding=(24, 24), max_zoom=20)
-    m.get_root().script.add_child(raw(f'window.sageBounds = {[low[::-1].tolist(), high[::-1].tolist()]};'), name='bounds')
+    m.get_root().script.add_child(Raw(f'window.sageBounds = {[low[::-1].tolist(), high[::-1].tolist()]};'), name='bounds')
 
 # %% ../../nbs/51_viz_map.ipynb #2fa14fd5
 def batch_members(
@@ -191,7 +200,7 @@ def batch_members(
     batch:int,   # number of a recorded batch
     center=None, # see `map_coordinates`
     size=96,     # pixels of the thumbnails
-) -> pd.DataFrame: # slot, rank, image, city, place, node, easting, northing, x, y, color, label, card
+) -> pd.DataFrame: # slot, rank, image, city, place, node, easting, northing, x, y, color, label, layer (epoch/batch), card
     "The images of a batch with all that the map shows of them. Raises `UserError` for a batch that is not recorded."
     cliques, table = run.cliques(epoch), run.table()
     mine = cliques[cliques.batch == batch].sort_values(['slot', 'rank'], ignore_index=True)
@@ -202,7 +211,7 @@ def batch_members(
     at, colors = map_coordinates(mine, center)[0], palette(int(mine.slot.max()) + 1)
     mine = mine.assign(x=at[:, 0], y=at[:, 1], color=[colors[s] for s in mine.slot], label=place_labels(mine), metres=np.hypot(*(mine[['easting', 'northing']].to_numpy(float) - anchor).T))
     W = {s: np.stack(a) for s, a in mine.groupby('slot').affinities if np.isfinite(np.stack(a)).all()} if 'affinities' in mine else {}
-    return mine.assign(card=[member_card(row, size, W.get(row.slot)) for row in mine.itertuples()])
+    return mine.assign(layer=f'{epoch}/{batch}', card=[member_card(row, size, W.get(row.slot)) for row in mine.itertuples()])
 
 # %% ../../nbs/51_viz_map.ipynb #6c1f46b0
 def affinity_html(
@@ -281,7 +290,7 @@ def batch_layers(
 
 def _known(members):
     "What a click tells, and who is ringed."
-    return dict(slot=members.slot.tolist()) | (dict(node=members.node.tolist()) if 'node' in members else {})
+    return dict(slot=members.slot.tolist(), layer=members.layer.tolist()) | (dict(node=members.node.astype(int).tolist()) if 'node' in members else {})
 
 # %% ../../nbs/51_viz_map.ipynb #73b9eb1a
 def city_boxes(

@@ -8,7 +8,7 @@ __all__ = ['SCRIPT', 'STYLE', 'LIMIT', 'html_table', 'recall_html', 'settings_ht
            'sections', 'part_html', 'run_words', 'report_html', 'write_report']
 
 # %% ../../nbs/57_report.ipynb #bc296459
-import json
+import html, json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from plotly.offline import get_plotlyjs
 
 from ..core import UserError, atomic
 from ..look import descriptors_of
+from ..run import damage
 from .attention import attention_figure, match_figure, probe_grid
 from .clique import drawn_clique_figure, neighbourhood_figure, spot_images
 from .embedding import embedding_figure
@@ -70,7 +71,7 @@ def frame_html(
     height=560, # pixels
 ) -> str:
     "A page within the page."
-    return f'<iframe title="{escape(title)}" srcdoc="{escape(page)}" style="height:{height}px" loading="lazy"></iframe>'
+    return f'<iframe title="{escape(title)}" srcdoc="{html.escape(page)}" style="height:{height}px" loading="lazy"></iframe>'
 
 def faces_html(
     run,       # a `Run`
@@ -81,7 +82,7 @@ def faces_html(
     "A small picture of every place and of every image that was asked or answered, for `SCRIPT` to show where the mouse is."
     tables, faces = {'places': run.nodes()} | {f'images of {n}': run.table(n) for n in run.config.get('validation') or []} if run.epochs() else {}, {}
     for name, table in tables.items():
-        if len(table) > most: continue
+        if len(table) > most or 'image' not in table: continue
         pictures = [thumbnail(i, size) for i in table.image]
         if (needs := len(json.dumps(pictures))) < room: faces[name], room, most = pictures, room - needs, most - len(table)
     return f'<script type="application/json" id="faces">{json.dumps(faces).replace("<", chr(92) + "u003c")}</script>'
@@ -187,13 +188,15 @@ def part_html(
     "What a part shows, or a sentence why it does not."
     try: made = part()
     except UserError as e: return f'<p class="absent">{escape(e)}</p>'
+    except damage() as e: return f'<p class="absent">This picture cannot be drawn from what the run recorded ({escape(type(e).__name__)}: {escape(e)}); copy the run again.</p>'
     text = figure_html(made) if isinstance(made, go.Figure) else made
     size = len(text.encode())
     return text if size <= room else f'<p class="absent">This picture would take {size/1e6:.0f} MB and is left out; the workbench shows it.</p>'
 
 def run_words(run) -> str:
-    "A run in one line."
+    "A run in one line. Raises UserError where its nodes are damaged."
     nodes, many = run.nodes(), lambda n, one, more: f'{n:,} {one if n == 1 else more}'
+    if 'city' not in nodes: raise UserError(f'{run.path}: its nodes name no city; copy the run again')
     return f'{many(run.epochs()[-1], "epoch", "epochs")}, {many(len(nodes), "place", "places")} in {many(nodes.city.nunique(), "city", "cities")}'
 
 def report_html(

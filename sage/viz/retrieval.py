@@ -221,8 +221,8 @@ def end_labels(
     for i, p in enumerate(at): labels[next(j for j in range(i + 1) if (j == i or labels[j]) and (np.abs(at[j] - p) <= near).all())].append(str(i + 1))
     return [' '.join(l) for l in labels]
 
-def _answer_lines(found, chosen, xy, k):
-    "Lines and end points from chosen queries to their first k answers."
+def _answer_lines(found, chosen, images, xy, k):
+    "Lines and end points from chosen queries to their first k answers; a ring around each of them and around chosen images."
     a, t = found.answers, found.table
     k = min(k, a.rows.shape[1])
     q, r, right = np.repeat(a.queries[chosen], k), a.rows[chosen, :k].ravel(), a.right[chosen, :k].ravel()
@@ -230,7 +230,8 @@ def _answer_lines(found, chosen, xy, k):
     text = [f'{i % k + 1} {"✓" if ok else "✗"} {far(m)}' for i, (ok, m) in enumerate(zip(right, metres_between(t, q, r)))]
     labels = end_labels(xy[r], np.ptp(xy, axis=0)) if len(chosen) == 1 else ['']*len(r)
     ends = dict(x=xy[r, 0], y=xy[r, 1], text=np.array(labels, dtype=object), hovertext=np.array(text, dtype=object), customdata=r)
-    return [line_arrays(lines[right]), line_arrays(lines[~right]), ends, dict(x=xy[a.queries[chosen], 0], y=xy[a.queries[chosen], 1])]
+    ringed = np.unique(np.concatenate([a.queries[chosen], np.asarray(images, int)]).astype(int))
+    return [line_arrays(lines[right]), line_arrays(lines[~right]), ends, dict(x=xy[ringed, 0], y=xy[ringed, 1])]
 
 # %% ../../nbs/54_viz_retrieval.ipynb #db6baee6
 def failure_view(
@@ -239,17 +240,20 @@ def failure_view(
     epoch=None, # None: the last with answers
     query=None, # numbers of queries whose answers are joined to them
     k=5,        # answers that lines lead to
+    images=(),  # rows of the table that are ringed, as the chosen queries are
 ) -> FailureView:
-    "Arrays of the failure map. Raises `UserError` for a query that is not there."
+    "Arrays of the failure map. Raises `UserError` for a query or an image that is not there."
     found = asked(run, name, epoch)
     xy, told, chosen = map_positions(found.table), answer_table(run, found.name, found.epoch), [int(q) for q in _many([] if query is None else query)]
     for q in chosen:
         if not 0 <= q < len(told): raise UserError(f'no query {q}: {found.name} has {len(told)}, numbered from 0')
+    for i in images:
+        if not 0 <= i < len(found.table): raise UserError(f'no image {i}: {found.name} has {len(found.table)}, numbered from 0')
     base, labels = np.flatnonzero(found.table.role == 'database'), place_labels(found.table)
     points = [t | dict(marker=dict(opacity=.3 if chosen else 1.)) for t in _query_traces(told, xy, labels)]                 # step back behind the lines
-    traces = [dict(x=xy[base, 0], y=xy[base, 1], text=labels[base], customdata=base), *points, *_answer_lines(found, chosen, xy, k)]
+    traces = [dict(x=xy[base, 0], y=xy[base, 1], text=labels[base], customdata=base), *points, *_answer_lines(found, chosen, images, xy, k)]
     right, n = (told.verdict == 'right').sum(), (told.positives > 0).sum()
-    return FailureView(traces, f'{escape(_short(found.name, 40))}{epoch_words(found.epoch)}: {right:,} of {n:,} queries right at once<br><sup>R@1 {100*right/max(n, 1):.1f} %' + (f'; lines lead from {"query " + str(chosen[0]) if len(chosen) == 1 else f"{len(chosen)} queries"} to the first {k} answers' + ', numbered by rank'*(len(chosen) == 1) if chosen else '') + '</sup>')
+    return FailureView(traces, f'{escape(_short(found.name, 40))}{epoch_words(found.epoch)}: {right:,} of {n:,} queries right at once<br><sup>R@1 {100*right/max(n, 1):.1f} %' + (f'; lines lead from {"query " + str(chosen[0]) if len(chosen) == 1 else f"{len(chosen)} queries"} to the first {k} answers' + ', numbered by rank'*(len(chosen) == 1) if chosen else '') + (f'; {len(images):,} chosen images ringed' if len(images) else '') + '</sup>')
 
 # %% ../../nbs/54_viz_retrieval.ipynb #1b514e3f
 def failure_map_figure(
@@ -260,9 +264,10 @@ def failure_map_figure(
     dark=None,  # see `template`
     k=5,        # answers that lines lead to
     height=620, # pixels
+    images=(),  # see `failure_view`
 ) -> go.Figure:
     "Queries on the map, right and wrong, and lines from chosen ones to their answers. `show_view` of the graph brings it up to date with a `failure_view`."
-    view, size = failure_view(run, name, epoch, query, k), 7
+    view, size = failure_view(run, name, epoch, query, k, images), 7
     base, *verdicts, right, wrong, ends, ring = view.traces
     fig = go.Figure([go.Scattergl(base, mode='markers', name='the map', marker=dict(size=4, color=COLORS['grey'], opacity=.45), hovertemplate='%{text}<extra>map</extra>')])
     for t, (_, symbol, color) in zip(verdicts, VERDICTS.values()):

@@ -25,6 +25,8 @@ def test_a_few_kills():
 def test_a_hundred_kills():
     last, said = torture('--kills', '100')
     assert last == 'kills survived: 100 of 100', said
+    met = dict(part.rsplit(': ', 1) for part in said.split('\nwhile ')[1].splitlines()[0].split(', '))
+    assert all(int(met[what]) for what in ('embedding', 'mining', 'step', 'checkpoint', 'record')), met
 
 
 @pytest.mark.torture

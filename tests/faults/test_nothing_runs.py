@@ -18,7 +18,7 @@ from sage.viz.toy import toy_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(p for folder in ('sage', 'tools', 'bench') for p in (ROOT/folder).rglob('*.py')) + [ROOT/'hubconf.py']
-EVIL = '<script>window.top.hacked=1</script><img src=x onerror="window.top.hacked=1">{{7*7}}${7*7}<a href=javascript:hacked=1>'
+EVIL = '<script>window.top.hacked=1</script><img src=x onerror="window.top.hacked=1">{% endraw %}{{7*7}}{% raw %}${7*7}<a href=javascript:hacked=1>'
 
 
 class Evil:

@@ -18,7 +18,8 @@ from sage.learner import SageModule
 from sage.retrieval import recall_at_k
 from sage.run import Run
 from sage.settings import make_model
-from sage.train import again, fit
+from sage.model import read_checked
+from sage.train import EpochGraph, again, fit
 
 
 @pytest.fixture(scope='module')
@@ -43,6 +44,47 @@ def test_a_loss_that_is_no_number_can_be_had_again(towns, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f'loss nan; {int((~batch.finite).sum())} of 12 descriptors are no numbers' in out and batch.image[0] in out
     assert Run(tmp_path/'run').resumable()
+
+
+def test_a_gradient_that_is_no_number_is_not_taken(towns, tmp_path, monkeypatch):
+    "The loss is a number and its gradient is not: the weights stay as they were, and the batch is that of this step."
+    step = SageModule.training_step
+    def spoilt(self, batch, index):
+        loss = step(self, batch, index)
+        return loss*1e38*1e38 if self.step == 2 else loss                     # as a number too large for float32 somewhere on its way back
+    monkeypatch.setattr(SageModule, 'training_step', spoilt)
+    said = stops(settings(), towns, tmp_path/'run')
+    assert said.startswith('step 3: the gradient is no number, though the loss is') and '--again' in said
+    failed = json.loads((tmp_path/'run'/'failed.json').read_text())
+    weights = read_checked(tmp_path/'run'/'failed.safetensors')[0]
+    assert failed['step'] == 3 and all(torch.isfinite(t).all() for t in weights.values())
+    loss, batch = again(Run(tmp_path/'run'))
+    assert np.isfinite(loss) and batch.finite.all() and Run(tmp_path/'run').resumable() == [0]
+
+
+def test_weights_that_are_no_numbers_are_not_kept(towns, tmp_path, monkeypatch):
+    "The last step of an epoch breaks them, and nobody computes with them before they would be written: the run goes on from the epoch before."
+    end = EpochGraph.on_train_epoch_end
+    def spoil(self, trainer, module):
+        if self.epoch == 1: next(p for p in module.model.parameters() if p.requires_grad).data[0] = float('inf')
+        end(self, trainer, module)
+    with monkeypatch.context() as m:
+        m.setattr(EpochGraph, 'on_train_epoch_end', spoil)
+        said = stops(settings(), towns, tmp_path/'run')
+    assert 'are no numbers any more; they are not kept' in said
+    run = Run(tmp_path/'run')
+    assert run.resumable() == [0, 1] and list(run.checkpoints()) == [0, 1]
+    s = settings()
+    fit(s, make_model(s), {'mined': towns[0]}, {'unseen': towns[1]}, run.path, resume=True, progress=False)
+    assert Run(tmp_path/'run').resumable()[-1] == s.epochs
+
+
+@pytest.mark.parametrize('text', ['{}', '[]', '5', '{"epoch": 1, "step": 2, "rows": []}', '{"epoch": 1, "step": 2, "rows": {}}', '{"epoch": 1, "step": 2, "rows": {"mined": 3}}', '{"epoch": 1, "step": null, "rows": {"mined": [[1]]}}', '{"epoch": 1, "step": 2, "rows": {"mined": [["a"]]}}', '{"epoch": 1, "step": 2, "rows": {"mined": [[1, 2], [3]]}}'])
+def test_a_batch_that_is_none(tmp_path, text):
+    from dataclasses import asdict
+    run = Run.create(tmp_path/'run', dict(settings=asdict(settings())))
+    (run.path/'failed.json').write_text(text)
+    with pytest.raises(UserError, match='failed.json: damaged'): again(run)
 
 
 def test_again_needs_a_batch(towns, tmp_path, capsys):

@@ -1,5 +1,5 @@
 """Pictures from strangers: for each kind a stated outcome. Used, and then right; or left out, counted and named. Never a black substitute."""
-import io, os, re, struct, subprocess, sys, zlib
+import base64, io, os, re, struct, subprocess, sys, tempfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,10 @@ from sage import cli
 from sage.core import UserError
 from sage.formats import write_utm
 from sage.images import load_image, scan_images
-from sage.photos import read_photos
+from sage.photos import list_images, read_photos
 from sage.places import make_table
 from sage.run import Run
+from sage.viz.style import MISSING, thumbnail
 
 G = np.random.default_rng(0)
 SCENE = np.kron(G.integers(40, 255, (4, 6, 3)), np.ones((14, 14, 1))).astype(np.uint8)           # 84 x 56, no black in it
@@ -35,6 +36,20 @@ def film(kind): return saved(kind, save_all=True, append_images=[Image.new('RGB'
 def alpha():
     pixels = np.dstack([SCENE, np.full((56, 84, 1), 255, np.uint8)]); pixels[:, :42, 3] = 0
     return saved('PNG', Image.fromarray(pixels))
+
+def deep_rgb():
+    "A PNG of 16 bits in each of three channels, which Pillow reads and does not write."
+    chunk = lambda name, data: struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+    rows = b''.join(b'\0' + row.tobytes() for row in (SCENE.astype('>u2') * 257))
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', 84, 56, 16, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+
+def holes():
+    "A palette, one colour of which is transparent and white nowhere beneath."
+    image = Image.fromarray(SCENE).quantize(64)
+    colours, pixels = image.getpalette(), np.asarray(image).copy()
+    pixels[:, :42] = len(colours)//3
+    out = Image.fromarray(pixels, 'P'); out.putpalette(colours + [10, 20, 30])
+    return saved('PNG', out, transparency=len(colours)//3)
 
 def bomb(side):
     "A PNG that says it has side x side pixels; the first few kB of them."
@@ -59,6 +74,7 @@ KINDS = {
     'sixteen.png': (sixteen(), np.repeat(grey()[..., None], 3, 2)),
     'grey.png': (saved('PNG', Image.fromarray(grey())), np.repeat(grey()[..., None], 3, 2)),
     'palette.png': (saved('PNG', Image.fromarray(SCENE).quantize(64)), SCENE),
+    'deep.png': (deep_rgb(), SCENE), 'sixteen.tif': (saved('TIFF', Image.fromarray(grey().astype(np.uint16) * 257)), np.repeat(grey()[..., None], 3, 2)), 'holes.png': (holes(), white_half(SCENE)),
     'alpha.png': (alpha(), white_half(SCENE)),                                   # what is transparent is white, not what lies beneath
     'animated.gif': (film('GIF'), SCENE), 'animated.png': (film('PNG'), SCENE), 'animated.webp': (film('WEBP'), SCENE),   # the first frame
     'turned.jpg': (turned(), SCENE),
@@ -169,6 +185,42 @@ def test_a_link_out_of_the_tree(tmp_path):
     for name in ('loop.jpg', 'nothing.jpg'):
         with pytest.raises(UserError, match=name): load_image(tmp_path/'photos'/name)
     assert load_image(tmp_path/'photos'/'link.jpg').size == (84, 56)
+
+
+def test_linked_folders(tmp_path):
+    "Entered, once each: two links to one folder, and links in a circle."
+    a, b = tmp_path/'a', tmp_path/'b'
+    for f in (a, b): f.mkdir(); (f/f'{f.name}.jpg').write_bytes(KINDS['plain.jpg'][0])
+    (a/'one').symlink_to(b); (a/'two').symlink_to(b); (b/'back').symlink_to(a); (b/'.hidden').symlink_to(a)
+    assert list_images(a) == [f'{a}/a.jpg', f'{a}/one/b.jpg']
+
+
+def shown(image): # what a thumbnail shows
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(thumbnail(image, 64).split(',')[1]))).convert('RGB')).astype(int)
+
+
+@pytest.mark.parametrize('name', [n for n, (_, want) in KINDS.items() if not isinstance(want, str)], ids=lambda n: re.sub(r'[^\w.]', '_', n))
+def test_a_thumbnail_shows_what_the_network_sees(name, strangers):
+    small = load_image(strangers/name); small.thumbnail((64, 64))
+    assert np.abs(shown(strangers/name) - np.asarray(small)).mean() < 12
+
+
+@pytest.mark.parametrize('name', [n for n, (_, want) in KINDS.items() if isinstance(want, str)], ids=lambda n: re.sub(r'[^\w.]', '_', n))
+def test_a_thumbnail_of_what_is_left_out_is_a_crossed_box(name, strangers): assert thumbnail(strangers/name) == MISSING
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_thumbnail_with_damaged_exif():
+    "Two thousand damaged EXIF blocks in a picture that is whole: shown, or a crossed box; never an exception."
+    exif = Image.Exif(); exif[0x0112] = 6; exif[0x8825] = {1: 'N', 2: (55., 42., 0.), 3: 'E', 4: (13., 11., 0.)}
+    data, g = saved(exif=exif), np.random.default_rng(0)
+    at, n = data.index(b'Exif'), len(exif.tobytes())
+    with tempfile.TemporaryDirectory() as t:
+        for i in range(2000):
+            bad = bytearray(data)
+            for j in g.integers(at + 6, at + n, g.integers(1, 6)): bad[j] = g.integers(256)
+            (Path(t)/'x.jpg').write_bytes(bad)
+            assert thumbnail(Path(t)/'x.jpg').startswith('data:image/')
 
 
 def test_a_name_that_is_no_text(tmp_path, capsys):

@@ -2,6 +2,7 @@
 import ctypes, json, multiprocessing, os, signal, struct, subprocess, sys, traceback
 from contextlib import suppress
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -15,7 +16,8 @@ from sage.run import Run, checkpoint_paths
 from sage.settings import Settings, make_model
 from sage.sources import world
 from sage.command import command
-from sage.train import fit
+from sage.learner import SageModule
+from sage.train import EpochGraph, fit
 
 torch.set_num_threads(1)
 TINY = Settings(backbone='sage_nano', probes=8, probe_dim=16, token_dim=32, image_size=42, eval_size=42, places_per_batch=2, images_per_place=3, min_size=3, steps=3, epochs=2, log_every=1, embed_batch=16,
@@ -101,6 +103,33 @@ def allow(folder, mode):
         if p.is_dir(): os.chmod(p, mode)
 
 
+PHASES = dict(embedding=(EpochGraph, 'embed_all'), mining=(EpochGraph, 'draw'), step=(SageModule, 'training_step'), checkpoint=(EpochGraph, 'keep'), record=(EpochGraph, 'graph_record'))
+
+
+def phase_file(folder): return said(folder).with_suffix('.phase')
+
+
+def tell_phase(folder):
+    "From here on this process writes down what it is doing, for whoever kills it."
+    out, inside = os.open(phase_file(folder), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), ['other']
+    write = lambda: os.pwrite(out, inside[-1].ljust(12).encode(), 0)
+    def told(name, work):
+        @wraps(work)
+        def f(*args, **kwargs):
+            inside.append(name); write()
+            try: return work(*args, **kwargs)
+            finally: inside.pop(); write()
+        return f
+    for name, (owner, method) in PHASES.items(): setattr(owner, method, told(name, getattr(owner, method)))
+    write()
+
+
+def phase(folder):
+    "What a process that has ended was doing."
+    with suppress(FileNotFoundError): return phase_file(folder).read_text().strip() or 'other'
+    return 'beginning'
+
+
 def trains(began, folder, streets, event, delay, before, changes):
     "What a child does: it ends without Python's own tidying up."
     code = 70
@@ -109,7 +138,9 @@ def trains(began, folder, streets, event, delay, before, changes):
         os.dup2(err, 1); os.dup2(err, 2)
         sys.stdout, sys.stderr = open(1, 'w', closefd=False), open(2, 'w', closefd=False)
         began.close()
+        phase_file(folder).unlink(missing_ok=True)
         count = armed(folder, event, delay)
+        tell_phase(folder)
         if before: before()
         sage_train(folder, streets, **changes)
         print(f'touched {count[0]} times')
