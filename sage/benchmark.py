@@ -22,6 +22,7 @@ from .images import check_size, eval_transform
 from .model import evaluating, raw_descriptors
 from .retrieval import recall_at_k, recall_from_ranks
 from .stream import SEARCHES, release, search_costs, stream_search
+from .viz.style import COLORS
 
 # %% ../nbs/42_benchmark.ipynb #23432ac1
 @torch.no_grad()
@@ -277,11 +278,12 @@ def plot_audit(
     title:str = '', # above the figure
 )->Figure: # a matplotlib figure
     "R@1 of every measurement: each setting is a line, each shuffle a dot."
-    fig = Figure(figsize=(6, .32 * measured.setting.nunique() + .9), dpi=90, layout='constrained')
-    ax, names = fig.subplots(), list(dict.fromkeys(measured.setting))
-    colours = {'sorted': '#c44e52', 'shuffled': '#2b6ca3'}
-    ax.scatter(measured['R@1'], [names.index(s) for s in measured.setting], c=[colours[o] if b else '#555555' for o, b in zip(measured.order, measured.batch)], s=26, alpha=.8)
+    fig = Figure(figsize=(6, .32 * measured.setting.nunique() + 1.2), dpi=90, layout='constrained')
+    ax, names, how = fig.subplots(), list(dict.fromkeys(measured.setting)), measured.order.where(measured.batch > 0, 'head off')
+    for kind, (colour, mark) in {'sorted': (COLORS['vermillion'], 'D'), 'shuffled': (COLORS['blue'], 'o'), 'head off': ('#555555', 's')}.items():
+        mine = measured[how == kind]
+        ax.scatter(mine['R@1'], [names.index(s) for s in mine.setting], c=colour, marker=mark, s=26, alpha=.8, label=kind)
     ax.axvline(measured.loc[measured.batch == 0, 'R@1'].iloc[0], color='#555555', lw=.8, ls=':')
     ax.set_yticks(range(len(names)), names, fontsize=8); ax.invert_yaxis()
-    ax.set_xlabel('R@1 [%]   red: sorted · blue: shuffled · grey: head off'); ax.set_title(title, fontsize=9); ax.grid(alpha=.3)
+    ax.set_xlabel('R@1 [%]'); ax.set_title(title, fontsize=9); ax.grid(alpha=.3); fig.legend(loc='outside lower center', ncols=3, fontsize=8, frameon=False)
     return fig

@@ -6,7 +6,7 @@
 __all__ = ['data_parser', 'sage_data']
 
 # %% ../nbs/69_cli_data.ipynb #c55c6ddc
-from .core import UserError
+from .core import UserError, one_line
 from .command import Parser, command
 from .preflight import check
 
@@ -25,7 +25,7 @@ def sage_data(argv):
     "Look at a data set before it is used."
     args = data_parser().parse_args(argv)
     report = check(args.path, args.benchmark)
-    print(report)
+    for line in str(report).split('\n'): print(one_line(line))
     if not report.serves: raise UserError(f'{report.path} serves {f"no {args.benchmark}" if args.benchmark else "neither training nor a benchmark"}{_why(report)}')
 
 def _why(report): # the first thing that is in the way

@@ -20,7 +20,7 @@ from .retrieval import fit_pca
 from .benchmark import describe_table
 from .sources import load_checkpoint, training_tables
 from .export import answers, both_sides, check_dims, described, flatten, geojson, on_globe, pca_images, recorded, recorded_answers, run_of, write_geojson, write_hub, write_onnx, write_parquet
-from .command import Parser, command, count, eval_side, said, size, whole
+from .command import Parser, command, count, eval_side, max_bad_flag, said, size, whole
 
 # %% ../nbs/68_cli_export.ipynb #28085600
 def pca_parser():
@@ -39,6 +39,7 @@ def pca_parser():
     p.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1')
     p.add_argument('--precision', default='auto', help='auto, 32, bf16, 16')
     p.add_argument('--seed', type=int, default=0, help='of the draw of images and of the solver')
+    max_bad_flag(p)
     p.add_argument('--quiet', action='store_true', help='no bars')
     return p
 
@@ -57,7 +58,7 @@ def training_images(
     args, # of `sage_pca`
 ) -> pd.DataFrame: # table of places
     "The images to learn from: --data, or the training tables of the checkpoint's run."
-    if args.data: return training_tables([args.data], [args.format], progress=not args.quiet)['mined']
+    if args.data: return training_tables([args.data], [args.format], progress=not args.quiet, max_bad=args.max_bad)['mined']
     run = run_of(args.checkpoint)
     names = [n for n in ('mined', 'labelled') if run and n in run.config.get('tables', {})]
     if not names: raise UserError(f'{args.checkpoint} belongs to no run that remembers its training images: give them with --data')

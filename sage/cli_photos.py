@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['add_model_flags', 'answering', 'Asked', 'ask_photos', 'in_words', 'for_programs', 'answer_layer', 'where_page',
            'where_parser', 'sage_where', 'about_map', 'write_page', 'image_list', 'npy_header', 'NpyWriter',
-           'ParquetWriter', 'describe_to', 'open_parts', 'describe_parts', 'parts_summary', 'sage_describe',
-           'describe_here', 'said_of']
+           'ParquetWriter', 'describe_to', 'open_parts', 'write_left_out', 'read_left_out', 'part_rows', 'part_done',
+           'describe_parts', 'parts_summary', 'sage_describe', 'describe_here', 'said_of']
 
 # %% ../nbs/67_cli_photos.ipynb #c7f67559
 import argparse, contextlib, hashlib, json, os, sys
@@ -106,7 +106,7 @@ def in_words(
     rows = [f'  {i + 1}  {_position(a)}  distance {a.distance:.3f}' + ('' if np.isnan(a.confidence) else f'  confidence {a.confidence:.2f}') + f'  {a.metres:,.0f} m from the first  {a.images} there  {a.image}'
             for i, a in enumerate(asked.answers.itertuples())]
     own = [] if asked.own is None else [f'  by its own GPS: {asked.own["lat"]:.6f}, {asked.own["lon"]:.6f}' + ('' if asked.off is None else f', {asked.off:,.0f} m from the first answer')]
-    return '\n'.join([f'{asked.path}: {asked.verdict}', *rows, *own])
+    return '\n'.join(map(one_line, [f'{asked.path}: {asked.verdict}', *rows, *own]))
 
 def _position(a): return f'{a.lat:.6f}, {a.lon:.6f}' if np.isfinite(a.lat) else f'{a.easting:.1f} m east, {a.northing:.1f} m north'
 
@@ -196,12 +196,12 @@ def sage_where(argv):
     if args.page and not args.photos: raise UserError('--page shows answers: name a photograph to ask about')
     if args.page and Path(args.page).is_dir(): raise UserError(f'--page {args.page}: a folder is in the way; name a file such as answer.html')
     existing(args.map)
-    note = lambda text: print(text, file=sys.stderr if args.json else sys.stdout)
+    note = lambda text: print(one_line(text), file=sys.stderr if args.json else sys.stdout)
     model, name, side = answering(args)
     note(f'answering: {name}, at {side[0]}x{side[1]} pixels')
     m = update_map(args.map, model, side, name, args.csv, args.index, args.rebuild, args.batch_size, not args.quiet, args.radius)
     for line in [*(unread_csvs(m.root) if m.about['exif'] else ()), *about_map(m)]: note(line)
-    not_too_many([(i, f'{m.root/i}: {why}') for i, why in m.left_out if 'GPS position' not in why], len(m.files), args.max_bad, m.root)
+    not_too_many([(i, f'{m.root/i}: {why}') for i, why in m.left_out if ' position' not in why], len(m.files), args.max_bad, m.root)
     asked = ask_photos(m, model, args.photos, args.top, args.batch_size)
     if args.page: write_page(args.page, where_page(m, asked, name)); note(f'written: {args.page}')
     if args.json: print(json.dumps(dict(model=name, size=list(side), map=str(m.root), photographs=m.index.ntotal, left_out=m.left_out, threshold=_threshold(m), photos=[for_programs(a) for a in asked]), indent=1, allow_nan=False))
@@ -311,7 +311,7 @@ def describe_to(
     progress:str|None = None, # name of a progress bar
     max_bad:float = 1., # share of images that may be unreadable
     precision:str = '32-true', # Lightning's name
-    empty:bool = False, # a file without rows will do
+    names:Path|None = None, # csv of those left out, written before `out`; then `out` may be without rows
 )->list: # (image, reason) of those left out
     "Describe images into a file that is there whole or not at all. Raises `UserError` where none can be read."
     left_out, writer = [], dict(zip(('.npy', '.parquet'), (NpyWriter, ParquetWriter)))[out.suffix]
@@ -321,9 +321,10 @@ def describe_to(
                 if len(rows): w.add(_with_position(df.iloc[rows]), d)
                 left_out += [(df.image[i], reason) for i, reason in bad]
         not_too_many(left_out, len(df), max_bad, out)
-        if not w.rows and not empty: raise UserError(f'none of the {len(df):,} images can be read: {left_out[0][1]}')
+        if names: write_left_out(names, left_out)
+        elif not w.rows: raise UserError(f'none of the {len(df):,} images can be read: {left_out[0][1]}')
         if out.suffix == '.npy':
-            with atomic(out.with_suffix('.csv')) as names: pd.concat([df[:0], *w.names]).to_csv(names, index=False)
+            with atomic(out.with_suffix('.csv')) as rows: pd.concat([df[:0], *w.names]).to_csv(rows, index=False)
     return left_out
 
 def _with_position(df):
@@ -348,6 +349,40 @@ def open_parts(
     other = [k for k in job if not isinstance(found, dict) or found.get(k) != job[k]]
     if other: raise UserError(f'{out}: holds parts of other {other[0]}; give what it was begun with, or choose another folder')
 
+
+# %% ../nbs/67_cli_photos.ipynb #34c903be
+def write_left_out(
+    path:Path, # csv
+    left_out:list, # (image, reason)
+):
+    "The images of a part that cannot be read; no file where there are none."
+    if not left_out: return path.unlink(missing_ok=True)
+    with atomic(path) as part: pd.DataFrame(left_out, columns=['image', 'reason']).to_csv(part, index=False)
+
+def read_left_out(
+    out:Path, # folder of parts
+)->list: # (image, reason)
+    "All of them so far. Raises `UserError` for a damaged list."
+    found = []
+    for p in sorted(out.glob('_left_out_*.csv')):
+        try: found += list(read_csv(p, 'image', 'reason')[['image', 'reason']].itertuples(index=False, name=None))
+        except UserError as e: raise UserError(f'{e}; delete it and its part, and give the same command again') from None
+    return found
+
+def part_rows(
+    path:Path, # *.npy or *.parquet
+)->int: # descriptors
+    "Rows of a part. Raises `UserError` where it is damaged."
+    try: return len(np.load(path, mmap_mode='r', allow_pickle=False)) if path.suffix == '.npy' else pq.ParquetFile(path).metadata.num_rows
+    except (OSError, ValueError, EOFError, TypeError, pa.ArrowException) as e: raise UserError(f'{path}: damaged ({" ".join(str(e).split())[:80]}); delete it and give the same command again') from None
+
+def part_done(path): # whether a part is there and whole; one that is damaged is said, and made again
+    if not path.exists(): return False
+    try: part_rows(path); return True
+    except UserError: print(f'{path}: damaged; described again', file=sys.stderr); return False
+
+
+# %% ../nbs/67_cli_photos.ipynb #339e38a7
 def describe_parts(
     out:Path, # folder, its name ends in .npy or .parquet
     model, # with `describe`, `dim` and `patch`
@@ -356,27 +391,27 @@ def describe_parts(
     rows:int, # images of a part
     progress:str|None = None, # name of a progress bar
     precision:str = '32-true', # Lightning's name
+    max_bad:float = 1., # share of all images that may be unreadable
     **how, # batch_size
 ):
-    "This process's share of the parts that are not there yet."
+    "This process's share of the parts that are not there yet. Raises `UserError` once too many images cannot be read; what is described stays."
     names = hashlib.sha256(df.to_csv(index=False).encode()).hexdigest()
     open_parts(out, dict(images=names, model=model_hash(model), size=list(side), precision=precision, rows=rows))
     me, n = told(), -(-len(df) // rows)
     for i in range(me['rank'], n, me['size']):
         path = out/f'{i:05d}{out.suffix}'
-        if path.exists(): continue
+        if part_done(path): continue
         bar = progress and not me['rank'] and f'{progress} {i + 1}/{n}'
-        left_out = describe_to(path, model, df[i*rows:(i + 1)*rows].reset_index(drop=True), side, progress=bar or None, precision=precision, empty=True, **how)
-        if left_out: pd.DataFrame(left_out, columns=['image', 'reason']).to_csv(out/f'_left_out_{i:05d}.csv', index=False)
+        left_out = describe_to(path, model, df[i*rows:(i + 1)*rows].reset_index(drop=True), side, progress=bar or None, precision=precision, names=out/f'_left_out_{i:05d}.csv', **how)
+        if left_out: not_too_many(read_left_out(out), len(df), max_bad, out)
 
 def parts_summary(
     out:Path, # folder of parts
 )->tuple: # (number of parts, descriptors, list of (image, reason))
-    "What lies in a folder of parts."
+    "What lies in a folder of parts. Raises `UserError` for a damaged one."
     parts = sorted(p for p in out.glob(f'[0-9]*{out.suffix}'))
-    count = lambda p: len(np.load(p, mmap_mode='r')) if p.suffix == '.npy' else pq.ParquetFile(p).metadata.num_rows
-    left = [tuple(r) for p in sorted(out.glob('_left_out_*.csv')) for r in pd.read_csv(p).to_numpy()]
-    return len(parts), sum(map(count, parts)), left
+    return len(parts), sum(map(part_rows, parts)), read_left_out(out)
+
 
 # %% ../nbs/67_cli_photos.ipynb #9e843578
 @command

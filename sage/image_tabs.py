@@ -146,9 +146,9 @@ class RetrievalPage(Page):
         self.of = self.on(W.Dropdown(description='set', options=self.run.config.get('validation') or [], layout=W.Layout(width='300px')))
         self.wrong = self.on(W.Checkbox(description='only wrong', value=False, indent=False, layout=W.Layout(width='110px')))
         self.query = self.on(W.Dropdown(description='query', layout=W.Layout(width='360px')))
-        self.answers, self.map, self.curve, self.known = self.plot('click'), self.plot('click'), self.plot(), (None, None)
-        self.map.layout.width, self.curve.layout.width = '62%', '38%'
-        return [W.HBox([self.of, self.wrong, self.query]), self.answers, W.HBox([self.map, self.curve], layout=W.Layout(width='100%'))]
+        self.answers, self.map, self.curve, self.known, self.circled = self.plot('click'), self.plot('click'), self.plot(), (None, None), None
+        self.map.layout.width, self.curve.layout.width, self.said = '62%', '38%', html()
+        return [W.HBox([self.of, self.wrong, self.query]), self.said, self.answers, W.HBox([self.map, self.curve], layout=W.Layout(width='100%'))]
 
     def epoch(self): # the newest with answers, not after the one shown
         have = [e for e in answered_epochs(self.run) if e <= self.state.epoch]
@@ -179,13 +179,25 @@ class RetrievalPage(Page):
         q = self.run.table(self.of.value).iloc[t.row]
         return ((q.city == place.city) & (np.hypot(q.easting - place.easting, q.northing - place.northing) < 25)).to_numpy()
 
+    def words(self, images, queries): # what is shown of several chosen images
+        if not images: return ''
+        which = 'wrong queries' if self.wrong.value else 'queries'
+        shown = f'answers of the first {min(queries, 4)} below, lines from the first {min(queries, 12)} on the map' if queries else 'the query above is shown'
+        return f'<span style="color:#7F7F7F">{images:,} images are chosen and ringed on the map, {queries:,} of them {which}: {shown}</span>'
+
+    def follow(self): # the set in which somebody has just chosen images
+        lasso, self.circled = self.circled, self.state.lasso
+        if self.circled != lasso and self.circled and self.circled[0] in self.of.options: self.of.value = self.circled[0]
+
     def draw(self):
+        self.follow()
         s, wanted, epoch, of = self.state, self.wanted(), self.epoch(), self.of.value
         t = answer_table(self.run, of, epoch, self.wrong.value)
         choices(self.query, [(f'{q}: place {p}, {v}', q) for q, p, v in zip(t['query'], t.place, t.verdict)], wanted)
         if self.query.value is None: raise UserError(f'{of}: no query is answered wrongly at this epoch' if self.wrong.value else f'{of}: no query was asked')
         lasso = s.lasso[1] if s.lasso and s.lasso[0] == of else ()
-        several = t['query'][t.row.isin(lasso)].tolist()[:12] or [self.query.value]
+        mine = t['query'][t.row.isin(lasso)].tolist()
+        several, self.said.value = mine[:12] or [self.query.value], self.words(len(lasso), len(mine))
         self.answers.show(gallery_figure(self.run, of, several[:4], epoch, dark=s.dark))
-        self.map.show(failure_map_figure(self.run, of, epoch, several, dark=s.dark, height=480).update_layout(uirevision=of, legend=LEGEND))
+        self.map.show(failure_map_figure(self.run, of, epoch, several, dark=s.dark, height=480, images=lasso).update_layout(uirevision=of, legend=LEGEND))
         self.curve.show(recall_curve_figure(self.run, of, dark=s.dark, height=480).update_layout(legend=LEGEND))

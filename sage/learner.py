@@ -89,6 +89,13 @@ class SageModule(L.LightningModule):
         self.sums.update(self.last, steps=1)
         return loss
 
+    def on_before_optimizer_step(self, optimizer):
+        "A loss that is a number may have a gradient that is none: the weights must not take it. (In 16 bits it is expected now and then, and the step is left out.)"
+        if getattr(self.trainer.precision_plugin, 'scaler', None) is not None: return
+        if torch.isfinite(torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])): return
+        self.failed = dict(self.last)
+        raise UserError(f'step {self.step + 1}: the gradient is no number, though the loss is {self.last["loss"]:.3f}; the batch is kept (sage_train --run FOLDER --again repeats it), try a lower lr or precision 32')
+
 # %% ../nbs/35_learner.ipynb #8d9f2556
 def save_state(
     path,      # *.resume.safetensors

@@ -112,7 +112,7 @@ def validation_tables(
     tables = {}
     for p in paths:
         if p == 'world': tables |= world()['val']
-        elif detect_format(p) == 'msls': tables[f'{Path(p).name} val'] = readable(read_msls(p, split='val'), p, scan, progress, max_bad)
+        elif detect_format(p) == 'msls': tables[f'{Path(p).name} val (subtask queries)'] = readable(read_msls(p, split='val'), p, scan, progress, max_bad)
         else: tables[Path(p).absolute().name] = readable(_held_out(p), p, scan, progress, max_bad)
     return tables
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ONLINE', 'FIRST', 'FREE', 'KNOWN', 'save_checkpoint', 'drop_old_states', 'load_weights', 'read_weights', 'Supply',
            'check_sources', 'fingerprint', 'EpochGraph', 'samplers', 'beside', 'facing', 'attention_of', 'flat',
-           'epoch_line', 'parts_of', 'again', 'config_of', 'open_run', 'last_whole', 'quiet_lightning',
-           'stop_on_signals', 'make_trainer', 'own_device', 'plain_error', 'fit']
+           'epoch_line', 'parts_of', 'read_failed', 'again', 'config_of', 'open_run', 'keep_weights', 'last_whole',
+           'quiet_lightning', 'stop_on_signals', 'make_trainer', 'own_device', 'plain_error', 'fit']
 
 # %% ../nbs/43_train.ipynb #53799d31
 import hashlib, json, logging, re, signal, sys, threading, time, warnings
@@ -30,7 +30,7 @@ from .batches import CliqueBatches
 from .retrieval import recall_from_ranks, search
 from .run import Run, Stopped, alone, answers_of, checkpoint_paths, plain, write_json
 from .feed import Sources, Steps, Validation, Views, autocast, bar, cache_bytes, embed, one_image_each, prefix_cache
-from .settings import Settings, make_model, precision_of
+from .settings import Settings, make_model, precision_of, recorded_settings
 from .learner import SageModule, load_state, save_state
 
 # %% ../nbs/43_train.ipynb #f90977cd
@@ -250,17 +250,16 @@ def attention_of(
 
 # %% ../nbs/43_train.ipynb #3515d320
 @patch
-def recorded_places(self:EpochGraph, epoch, found): # (row of the image that is written down for each place, descriptors [places, D])
+def recorded_places(self:EpochGraph, epoch, found): # (row of the image that is written down for each place, descriptors [places, D]); every device takes its share, the first one has them
     picked, descriptors, images = found
     rows = one_image_each(self.supply.geo.codes, self.settings.seed, 0)
-    if images is not None: return rows, images[rows]
+    if picked is not None and self.settings.node_features == 'image': return rows, None if images is None else images[rows]
     if picked is not None and not epoch: return rows, descriptors                                     # mining looked through the same
-    with self.ticker(f'graph {epoch}: embedding', len(rows)) as tick: return rows, embed(self.supply.model, self.supply.plain, rows, tick=tick, **self.how())
+    return rows, self.embed_all(f'graph {epoch}: embedding', self.supply.plain, rows)
 
 @patch
-def graph_record(self:EpochGraph, epoch, found, answers): # writes the epoch's folder; returns what the metrics say of the graph
-    s, run, supply, v = self.settings, self.run, self.supply, self.supply.validations[0]
-    rows, descriptors = self.recorded_places(epoch, found)
+def graph_record(self:EpochGraph, epoch, found, recorded, answers): # writes the epoch's folder; returns what the metrics say of the graph
+    s, run, supply, v, (rows, descriptors) = self.settings, self.run, self.supply, self.supply.validations[0], recorded
     previous = run.edges(epoch - 1) if epoch - 1 in run.epochs() else None
     graph = epoch_graph(supply.geo, descriptors, previous, s.similar, rows, s.tau2)
     nodes = graph.nodes.assign(mined_image='' if found[0] is None else supply.geo.table.image.to_numpy()[found[0]])
@@ -288,9 +287,10 @@ def record(self:EpochGraph, epoch, trained): # everything that is done at a numb
         measured = time.perf_counter()
         batches, seconds['draw_s'] = drawn()
     self.steps.fill(epoch + 1, [array_from_first(b) for b in batches])
-    if logged or not first(): return
     joined_at = time.perf_counter()
-    if self.settings.record_graph: row |= self.graph_record(epoch, found, answers)
+    recorded = self.recorded_places(epoch, found) if self.settings.record_graph and not logged else None
+    if logged or not first(): return
+    if recorded: row |= self.graph_record(epoch, found, recorded, answers)
     row |= {f'mining_{k}': v for k, v in flat(self.supply.batches[0].record()).items()}
     self.run.log(**row, **seconds, recall_s=measured - began, graph_s=time.perf_counter() - joined_at)
     if self.progress: print(epoch_line(row, self.settings.epochs, seconds))
@@ -319,6 +319,8 @@ def parts_of(trainer): # (optimiser, schedule)
 
 @patch
 def keep(self:EpochGraph, epoch, trainer, module, trained): # checkpoint of a number of finished epochs
+    broken = [n for n, p in module.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+    if broken: raise UserError(f'step {module.step}: the weights {broken[0]} are no numbers any more; they are not kept, --resume goes on from the epoch before. A lower lr or precision 32 may help')
     if first(): save_checkpoint(self.run, epoch, module, *parts_of(trainer), trained=trained, precision=trainer.precision_plugin.state_dict())
 
 @patch
@@ -373,6 +375,17 @@ def on_exception(self:EpochGraph, trainer, module, exception):
         save_sage(module.model, self.run.path/'failed.safetensors')
         write_json(self.run.path/'failed.json', dict(epoch=self.epoch + 1, step=module.step + 1, rows=rows, **module.failed))
 
+def read_failed(
+    path, # failed.json of a run
+) -> dict: # epoch, step, rows: source → [P, K] rows of its table
+    "What was kept of the batch at which a training stopped. Raises UserError where the file is damaged."
+    try:
+        failed = json.loads(path.read_text())
+        rows = {n: np.array(r, dtype=np.int64) for n, r in failed['rows'].items()}
+        if not rows or any(r.ndim != 2 or r.size == 0 for r in rows.values()): raise ValueError('its rows are no batch')
+        return dict(epoch=int(failed['epoch']), step=int(failed['step']), rows=rows)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e: raise UserError(f'{path}: damaged ({e}); resume the run to stop there again') from None
+
 def again(
     run:Run,         # stopped because a loss or a descriptor was no number
     pretrained=True, # see `create_sage`
@@ -380,14 +393,13 @@ def again(
     "The batch at which a training stopped, once more, with the weights it met. Raises UserError where there is none."
     path = run.path/'failed.json'
     if not path.exists(): raise MissingPath(f'{path}: no such file; this run did not stop at a number that is none')
-    try: failed, s = json.loads(path.read_text()), Settings(**run.config['settings'])
-    except (ValueError, TypeError, KeyError, RecursionError) as e: raise UserError(f'{path}: damaged ({e}); resume the run to stop there again') from None
+    failed, s = read_failed(path), recorded_settings(run.config, run.path)
     module = SageModule(make_model(s, pretrained), s).train()
     read_weights(run.path/'failed.safetensors', module.model)
     module.step, names = failed['step'] - 1, list(failed['rows'])
     sources = Sources([Views(run.table(n), train_transform(check_size(s.image_size, module.model.patch), s.augment), None, seed_of(s.seed, n)) for n in names])
     steps = Steps(s.steps)
-    steps.fill(failed['epoch'], [[np.array(failed['rows'][n])] * s.steps for n in names])
+    steps.fill(failed['epoch'], [[failed['rows'][n]] * s.steps for n in names])
     keys = [(*k[:-1], module.step % s.steps) for k in next(iter(steps))]
     device = pick_device(s.device)
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == 'cuda' else []), autocast(device, precision_of(s, module.to(device).model)):
@@ -397,7 +409,7 @@ def again(
     return module.last['loss'], pd.DataFrame([dict(source=names[i], slot=slot, image=sources.views[i].paths[row], finite=f) for (i, slot, row, *_), f in zip(keys, finite)])
 
 # %% ../nbs/43_train.ipynb #4256c1ad
-FREE = ('epochs', 'device', 'devices', 'workers', 'log_every', 'prefix_cache', 'num_nodes', 'chunk')      # settings a resumed run may change
+FREE = ('epochs', 'device', 'devices', 'workers', 'log_every', 'prefix_cache', 'cache_gb', 'num_nodes', 'chunk')      # settings a resumed run may change
 
 def config_of(
     settings:Settings,
@@ -424,16 +436,29 @@ def open_run(
     run = Run(path)
     old = run.config
     for part in ('settings', 'model', 'data'):
-        for key in {**old[part], **config[part]}:
-            was, now = old[part].get(key), config[part].get(key)
+        mine = old.get(part) or {}
+        for key in {**mine, **config[part]}:
+            was, now = mine.get(key), config[part].get(key)
             if was != now and key not in FREE: raise UserError(f'{run.path}: this run had {part} {key} = {was}, now {now}; resume with the same, or start another run')
     epoch = last_whole(run)
+    keep_weights(run, epoch)
     lost = sorted({*range(epoch)} - {*run.metrics().epoch})
     if lost: print(f'{run.path/"metrics.jsonl"}: the rows of epoch {", ".join(map(str, lost))} are missing; the training goes on without them', file=sys.stderr)
     run.truncate(epoch)
     drop_old_states(run)
     if epoch in run.checkpoints(): load_weights(run, epoch, model)       # Lightning passes them on to the other devices
     return run, from_first(epoch)
+
+def keep_weights(
+    run:Run,
+    epoch:int, # from which a training goes on
+):
+    "Raises UserError where going on would delete whole weights of epochs that cannot be gone on from."
+    gone = [e for e in run.checkpoints() if e > epoch + bool(run.resumable())]
+    for e in gone:
+        try: read_checked(checkpoint_paths(run, e)[0])
+        except UserError: continue                                        # damaged: nothing is lost with it
+        raise UserError(f'{run.path}: there are weights of epoch {", ".join(map(str, gone))}, but what a training goes on with (*.resume.safetensors) ends at epoch {epoch}, and they would be deleted; copy the run whole, or move those weights to another folder first')
 
 def last_whole(
     run:Run,
@@ -539,7 +564,7 @@ def fit(
             with alone(run) if first() else nullcontext():
                 callback.run, callback.epoch = open_run(run, settings, model, supply, resume)
                 if from_first(callback.epoch >= settings.epochs and callback.epoch in set(callback.run.metrics().epoch)): return callback.run
-                loader = DataLoader(Sources(supply.sources), batch_sampler=callback.steps, num_workers=0 if supply.sources[0].tokens is not None else settings.workers,
+                loader = DataLoader(Sources(supply.sources), batch_sampler=callback.steps, num_workers=0 if all(v.tokens is not None for v in supply.sources) else settings.workers,
                                     generator=torch.Generator().manual_seed(0), pin_memory=device.type == 'cuda')
                 trainer = make_trainer(settings, device, settings.epochs - callback.epoch, callback)
                 module = SageModule(model, settings)

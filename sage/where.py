@@ -8,7 +8,7 @@ __all__ = ['ENOUGH', 'FORMAT', 'packaged_model', 'model_hash', 'describe_files',
            'list_map', 'update_map', 'own_rows', 'ask', 'in_map']
 
 # %% ../nbs/46_where.ipynb #6903f45c
-import hashlib, json, os, re, time, uuid
+import errno, hashlib, json, os, re, time, uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,14 +185,20 @@ def _about(folder):
     path = existing(folder/'index.json', 'file', 'the folder has no index yet')
     try: about = json.loads(path.read_text(encoding='utf-8'))
     except (ValueError, RecursionError): raise UserError(f'{path}: the index is damaged; make it again with --rebuild') from None
-    needed = {'format', 'model', 'name', 'size', 'dim', 'files', 'index', 'bytes', 'calibration', 'root'}
-    if not isinstance(about, dict) or about.get('format') != FORMAT or needed - set(about): raise UserError(f'{path}: the index is of another version of this program, or damaged; make it again with --rebuild')
+    if not isinstance(about, dict) or about.get('format') != FORMAT or not _is_index(about): raise UserError(f'{path}: the index is of another version of this program, or damaged; make it again with --rebuild')
     return about
+
+_ABOUT = dict(model=str, name=str, size=list, dim=int, files=str, index=str, bytes=dict, calibration=dict, root=str, radius=(int, float))
+
+def _is_index(about):
+    "Whether an index.json says all it must, names only the two files beside it, and holds numbers where they belong."
+    if any(not isinstance(about.get(k), kind) for k, kind in _ABOUT.items()) or set(about['bytes']) != {about['files'], about['index']}: return False
+    told = [about['calibration'].get(side) for side in ('right', 'wrong')]
+    return all(os.path.basename(n) == n for n in about['bytes']) and all(isinstance(t, list) and all(isinstance(v, (int, float)) for v in t) for t in (*told, about['size']))
 
 def _opened(root, folder, about):
     "The map of one state. Raises `UserError` where a file is damaged, `MissingPath` where it is gone."
     harm = lambda what: UserError(f'{folder}: the index is damaged ({what}); make it again with --rebuild')
-    if any(os.path.basename(n) != n for n in about['bytes']): raise harm('it names files elsewhere')
     try:
         for name, size in about['bytes'].items():
             if os.stat(folder/name).st_size != size: raise harm(f'{name} has not {size:,} bytes')
@@ -229,6 +235,14 @@ def _writable(folder):
         (folder/'try').unlink(missing_ok=True)
     except OSError as e: raise UserError(f'{folder}: the index cannot be written there ({e.strerror}); choose another folder with --index') from None
 
+def _write_index(index, path):
+    "FAISS says little of a full disk, and nothing when the last bytes do not fit: what was written is looked at. Raises OSError."
+    try:
+        faiss.write_index(index, str(path))
+        whole = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC).ntotal == index.ntotal
+    except RuntimeError: whole = False
+    if not whole: raise OSError(errno.ENOSPC, 'not all of it could be written', str(path))
+
 def write_map(
     m:PhotoMap, # its `about` gets the names of the files
 ) -> PhotoMap:  # read again from the disk
@@ -236,14 +250,14 @@ def write_map(
     name = uuid.uuid4().hex[:12]
     new = dict(files=f'{name}.parquet', index=f'{name}.faiss')
     with atomic(m.folder/new['files']) as part: m.files.to_parquet(part, index=False)
-    with atomic(m.folder/new['index']) as part: faiss.write_index(m.index, str(part))
+    with atomic(m.folder/new['index']) as part: _write_index(m.index, part)
     about = m.about | new | dict(bytes={n: (m.folder/n).stat().st_size for n in new.values()})
     old = _named(m.folder)
     with atomic(m.folder/'index.json') as part: part.write_text(json.dumps(about, indent=1), encoding='utf-8')
     for n in old: (m.folder/n).unlink(missing_ok=True)
     return read_map(m.root, m.folder)
 
-_OURS = re.compile(r'[0-9a-f]{12}\.(parquet|faiss)')
+_OURS = re.compile(r'\.?[0-9a-f]{12}(-[0-9a-f]{8})?\.(parquet|faiss)')     # with a dot: of a write that was killed
 
 def _named(folder):
     "Files of the state on the disk, and of others that are an hour old: nobody is writing those any more."

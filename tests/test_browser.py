@@ -149,6 +149,14 @@ def slide(d, kind, text, value): # move a slider by its keys
     now = lambda: int(d.page.locator(f'.widget-hslider:has-text("{text}") .widget-readout').locator('visible=true').first.text_content())
     while now() != value: d.page.keyboard.press('ArrowRight' if now() < value else 'ArrowLeft')
 
+def lasso_all(d): # a line around everything in the first plot
+    box = d.page.locator('.sage-plot').locator('visible=true').first.locator('.nsewdrag').first.bounding_box()
+    at = lambda a, b: (box['x'] + a*box['width'], box['y'] + b*box['height'])
+    d.page.mouse.move(*at(.02, .02))
+    d.page.mouse.down()
+    for a, b in ((.98, .02), (.98, .98), (.02, .98), (.02, .03)): d.page.mouse.move(*at(a, b), steps=5)
+    d.page.mouse.up()
+
 # ---------------------------------------------------------------- the tests, in the order a visitor would go
 
 def test_the_graph_is_drawn_once_and_not_blank(desk):
@@ -205,6 +213,18 @@ def test_the_map_is_drawn_without_a_network(desk):
     stars.nth(2).click()
     frame.locator('.leaflet-popup-content img').wait_for(timeout=10_000)
 
+def test_the_map_lists_the_batch_at_other_epochs(desk):
+    desk.page.locator('.widget-dropdown:has-text("layers") select').locator('visible=true').select_option('epoch by epoch')
+    frame = desk.page.frame_locator('iframe.sage-map')
+    choice = frame.locator('.leaflet-control-layers-overlays label', has_text='epoch 1 · batch 0')
+    choice.wait_for(timeout=30_000)
+    names = [t.strip() for t in frame.locator('.leaflet-control-layers-overlays label').all_text_contents()]
+    assert [n for n in names if n.startswith('epoch')] == [f'epoch {e} · batch 0' for e in (3, 0, 1, 2)]
+    choice.locator('input').check()
+    desk.until(lambda: frame.locator('.sage-star').count() == 16)                        # those of both epochs
+    desk.page.locator('.widget-dropdown:has-text("layers") select').locator('visible=true').select_option('this batch')
+    desk.until(lambda: frame.locator('.sage-star').count() == 8)
+
 def test_another_clique_is_chosen_everywhere(desk):
     chosen = desk.page.locator('button:has-text("✕")')
     before = chosen.all_text_contents()
@@ -226,13 +246,19 @@ def test_embedding_lasso_fills_the_gallery(desk):
     desk.tab('Embedding')
     desk.until(lambda: 'laid out by likeness' in desk.title(), 15)                       # by principal components, at once
     desk.until(lambda: 'likeness (UMAP)' in desk.title(), 90)
-    box = desk.page.locator('.sage-plot').locator('visible=true').first.locator('.nsewdrag').first.bounding_box()
-    at = lambda a, b: (box['x'] + a*box['width'], box['y'] + b*box['height'])
-    desk.page.mouse.move(*at(.05, .05))
-    desk.page.mouse.down()
-    for a, b in ((.95, .05), (.95, .95), (.05, .95), (.05, .06)): desk.page.mouse.move(*at(a, b), steps=5)
-    desk.page.mouse.up()
+    lasso_all(desk)
     desk.until(lambda: desk.page.locator('.widget-html figure img').locator('visible=true').count() > 5, 20)
+
+def test_a_lasso_of_validation_images_rings_them_on_the_map(desk):
+    desk.page.locator('.widget-dropdown:has-text("points") select').locator('visible=true').select_option('Otherville')
+    desk.until(lambda: 'images of Otherville' in desk.title() and '(UMAP)' in desk.title(), 90)
+    lasso_all(desk)
+    everything = len(desk.run.table('Otherville'))
+    desk.until(lambda: f'and {everything - 24:,} more' in ' '.join(desk.page.locator('.widget-html').locator('visible=true').all_text_contents()), 20)
+    desk.tab('Retrieval')
+    desk.until(lambda: f'{everything:,} chosen images ringed' in desk.title(1), 30)
+    assert desk.page.evaluate("() => [...document.querySelectorAll('.sage-plot')].filter(d => d.offsetParent)[1]._fullData.at(-1).x.length") == everything
+    desk.page.locator('button:has-text("no place chosen"), button:has-text("✕")').locator('visible=true').first.click(force=True)
 
 def test_retrieval_and_training(desk):
     desk.tab('Retrieval')
@@ -271,6 +297,34 @@ for i in range(100): bench.pages[0].graph.show(go.Figure(layout_title=f'burst {i
     desk.until(lambda: desk.title() == 'burst 99', 6)
     sent = desk.page.evaluate("() => +[...document.querySelectorAll('.sage-plot')].filter(d => d.offsetParent)[0].dataset.drawn")
     assert sent < 60, f'{sent} figures were drawn'
+
+@pytest.mark.parametrize('network', [True, False])
+def test_tiles_with_a_network_and_streets_without(browser, tmp_path, network):
+    from PIL import Image
+    from sage.viz.map import clique_map, map_html
+    from sage.viz.toy import toy_run
+    (tmp_path/'map.html').write_text(map_html(clique_map(toy_run(tmp_path/'run', epochs=0), tiles=True)))
+    tile = io.BytesIO()
+    Image.new('RGB', (256, 256), (12, 200, 40)).save(tile, 'PNG')
+    context, asked = browser.new_context(viewport=dict(width=900, height=700)), []
+    def gate(route):
+        asked.append(route.request.url)
+        return route.fulfill(body=tile.getvalue(), content_type='image/png') if network else route.abort()
+    context.route('https://**/*', gate)
+    page = context.new_page()
+    page.goto((tmp_path/'map.html').as_uri())
+    page.locator('.sage-star').first.wait_for(timeout=30_000)
+    page.wait_for_function("n => document.querySelectorAll('img.leaflet-tile-loaded').length > n" if network else "n => true", arg=3, timeout=30_000)
+    page.wait_for_timeout(500)
+    picture = Image.open(io.BytesIO(page.screenshot())).convert('RGB')
+    green = sum(n for n, (r, g, b) in picture.getcolors(10**7) if abs(r - 12) + abs(g - 200) + abs(b - 40) < 60)
+    context.close()
+    assert asked and all(u.startswith('https://tile.openstreetmap.org/') for u in asked)
+    assert (green > 200_000) == network and page_streets(tmp_path/'map.html') > 0
+
+def page_streets(path): # lines of the data's own streets in a map's page
+    import re
+    return next(len(f['geometry']['coordinates']) for data in re.findall(r'_add\((\{.*\})\);', path.read_text()) for f in json.loads(data)['features'] if f['geometry']['type'] == 'MultiLineString')
 
 def test_the_report_needs_no_network(desk, browser, tmp_path):
     from sage.viz.report import write_report

@@ -304,6 +304,8 @@ def test_audit_of_a_model_with_a_head(sets, tmp_path, capsys):
     for part in ('head on · order shuffled (seed 0), batches of 8', 'as published', 'sorted, batches of 26', 'head off'): assert part in out, out
     assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['audit_bestadt.csv', 'audit_bestadt.png', 'results.csv']
     assert len(pd.read_csv(tmp_path/'out'/'audit_bestadt.csv')) == 26
+    assert 'audit_bestadt.png and .csv' in out and '--out FOLDER' not in out
+    with Image.open(tmp_path/'out'/'audit_bestadt.png') as figure: assert figure.width > 400 and len(np.unique(np.asarray(figure.convert('RGB')).reshape(-1, 3), axis=0)) > 50      # three kinds of marks, and text
 
 
 def test_corridor_as_a_real_data_set(shared, tmp_path, capsys):

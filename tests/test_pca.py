@@ -67,6 +67,20 @@ def test_every_solver_against_the_exact_one(n, d, dim, whiten):
 def test_solvers_are_all_met():
     assert {pca_solver(60, 12, 4), pca_solver(30, 80, 20), pca_solver(900, 600, 20)} == {'covariance_eigh', 'full', 'randomized'}
 
+@pytest.mark.slow
+@pytest.mark.parametrize('dim', [512, 2048, 4096])
+def test_the_sizes_that_are_published(dim):
+    "Descriptors of more numbers than any of the three, with a spectrum that falls: directions are orthonormal, each has the spread that is said, and distances shrink as `explained` says."
+    g = np.random.default_rng(0)
+    x = (g.normal(size=(4400, 4224)) * np.geomspace(3, .05, 4224)).astype(np.float32)
+    pca = fit_pca(x, dim)
+    assert (pca['components'].shape, pca['samples'], pca['solver']) == ((dim, 4224), 4400, 'randomized' if dim == 512 else 'covariance_eigh')
+    np.testing.assert_allclose(pca['components'] @ pca['components'].T, np.eye(dim), atol=2e-4)
+    y = apply_pca(pca, x)
+    np.testing.assert_allclose(y.var(0, ddof=1), pca['variance'], rtol=2e-2)
+    assert y.var(0, ddof=1).sum()/x.var(0, ddof=1).sum() == pytest.approx(pca['explained'], abs=2e-3) and pca['explained'] > (.6 if dim == 512 else .95)
+    assert np.allclose(apply_pca(pca, x, whiten=True).var(0, ddof=1), 1, atol=.03)
+
 def test_a_seed_fixes_the_randomised_solver():
     x = np.random.default_rng(0).normal(size=(700, 600)).astype(np.float32)
     a, b = fit_pca(x, 10, seed=3), fit_pca(x, 10, seed=3)

@@ -6,10 +6,12 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from safetensors.torch import load_file
 import sage
+from sage.backbone import Backbone, make_vit
 from sage.core import UserError, seed_of
 from sage.feed import Steps, Validation, Views, embed, one_image_each, prefix_cache, run_views
 from sage.learner import SageModule
 from sage.places import make_table
+from sage.prefix import PrefixCache
 from sage.run import Run, checkpoint_paths
 from sage.settings import Settings, make_model
 from sage.train import Stopped, beside, fit, last_whole
@@ -376,8 +378,66 @@ assert kept.find(paths).tolist() == again.find(paths).tolist() == [True] * 2 + [
 assert torch.equal(again.read(paths[:2]), rows[:2])
 """
 
+FULL_OF_KEYS = """
+import resource, sys
+from pathlib import Path
+import numpy as np, torch
+from sage.prefix import Keeper
+folder, n = Path(sys.argv[1]), 1500
+kept, rows = Keeper(folder, (1, 1), lambda: 1e9), torch.arange(n, dtype=torch.float32).reshape(n, 1, 1).half()      # keys are longer than tokens here
+paths = [folder/f'{i}.png' for i in range(n)]
+for p in paths: p.write_bytes(b'x')
+kept.add(paths[:100], rows[:100]); kept.flush()
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000,) * 2)                     # 1250 keys: the next write fails within them
+kept.add(paths[100:], rows[100:]); kept.flush()
+again = Keeper(folder, (1, 1), lambda: 1e9)
+assert kept.find(paths).tolist() == again.find(paths).tolist() == [True]*100 + [False]*1400, (kept.find(paths).sum(), again.find(paths).sum())
+assert torch.equal(again.read(paths[:100]), rows[:100]) and next(folder.glob('*.keys')).stat().st_size == 1600
+"""
+
 @pytest.mark.skipif(sys.platform == 'win32', reason='file size limits')
-def test_prefix_cache_survives_a_full_disk(tmp_path):
-    done = subprocess.run([sys.executable, '-c', FULL, tmp_path], capture_output=True, text=True)
+@pytest.mark.parametrize('script', [FULL, FULL_OF_KEYS], ids=['tokens', 'keys'])
+def test_prefix_cache_survives_a_full_disk(tmp_path, script):
+    done = subprocess.run([sys.executable, '-c', script, tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count('computed each time') == 1 and 'File too large' in done.stderr
+
+def test_prefix_cache_keeps_one_map_for_each_file(tmp_path):
+    "However often it is flushed: a map of all for every flush would use up the addresses of a process."
+    b = Backbone(make_vit('sage_nano')).eval()
+    kept, rows = PrefixCache(tmp_path/'kept', b, 1).at(56), torch.randn(40, 17, 192).half()
+    paths = [tmp_path/f'{i}.png' for i in range(40)]
+    for p in paths: p.write_bytes(b'x')
+    for i in range(0, 40, 4): kept.add(paths[i:i + 4], rows[i:i + 4]); kept.flush()
+    assert len(kept.parts) == 1 and len(kept.parts[0]) == len(kept) == 40 and torch.equal(kept.read(paths), rows)
+    again = PrefixCache(tmp_path/'kept', b, 1).at(56)
+    assert torch.equal(again.read(paths[::-1]), rows.flip(0))
+    again.add(paths[:2], rows[:2]); again.flush()
+    assert len(list((tmp_path/'kept').rglob('*.keys'))) == 1
+
+def test_prefix_cache_may_be_added_to_a_run(towns, tmp_path):
+    train(settings(epochs=1), towns, tmp_path/'run')
+    more = settings(epochs=2, prefix_cache=str(tmp_path/'k'), cache_gb=1.)
+    assert train(more, towns, tmp_path/'run', resume=True).epochs() == [0, 1, 2] and list((tmp_path/'k').rglob('*.tokens'))
+
+def test_weights_that_cannot_be_gone_on_from_are_not_deleted(towns, tmp_path):
+    "States (*.resume.safetensors) that were not copied, or removed to save room."
+    run = train(settings(), towns, tmp_path/'run')
+    for p in (run.path/'checkpoints').glob('*.resume.safetensors'): p.unlink()
+    (run.path/'checkpoints'/'2nd copy.safetensors').write_bytes(b'mine')
+    before = {p.name: p.read_bytes() for p in (run.path/'checkpoints').iterdir()}, (run.path/'metrics.jsonl').read_bytes()
+    with pytest.raises(UserError, match=r'weights of epoch 1, 2.*copy the run whole'): train(settings(), towns, run.path, resume=True)
+    assert ({p.name: p.read_bytes() for p in (run.path/'checkpoints').iterdir()}, (run.path/'metrics.jsonl').read_bytes()) == before
+    for e in (1, 2): (run.path/'checkpoints'/f'{e:04d}.safetensors').rename(tmp_path/f'{e}.safetensors')
+    assert train(settings(), towns, run.path, resume=True).resumable()[-1] == 2 and (run.path/'checkpoints'/'2nd copy.safetensors').read_bytes() == b'mine'
+
+@pytest.mark.parametrize('change, says', [(dict(settings=None), 'holds no settings'), (dict(settings=5), 'its settings is no table'), (dict(settings=dict(speed=1)), 'its settings speed are unknown'), (dict(settings=dict(epochs='x')), 'epochs'),
+    (dict(tables=['a']), 'its tables is no table'), (dict(tables=dict(mined=3)), 'its tables is damaged'), (dict(validation='x'), 'its validation is no list'), (dict(validation=[3]), 'no list of names'), (dict(data=dict(mined=3)), 'its data is damaged'), (dict(model=[]), None)])
+def test_a_config_of_another_shape_is_one_sentence(tmp_path, capsys, change, says):
+    run = Run.create(tmp_path/'run', dict(settings=dict(), model={}, data={}, validation=[]))
+    config = json.loads((run.path/'config.json').read_text()) | change
+    (run.path/'config.json').write_text(json.dumps(config))
+    from sage import cli
+    with pytest.raises(SystemExit) as e: cli.sage_train(['--run', str(run.path), '--resume'])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and len(err.splitlines()) == 1 and (says or 'holds no settings') in err, err

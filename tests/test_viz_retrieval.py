@@ -71,9 +71,12 @@ def test_map_keeps_its_traces(run):
     fig = failure_map_figure(run, epoch=0)
     look = [t.marker.symbol for t in fig.data]
     show_view(fig, other)
+    rows = run.answers(2)['Otherville'].queries
+    ringed = failure_view(run, epoch=2, query=[3, 9], images=[int(rows[3]), int(np.setdiff1d(np.arange(200), rows)[0])])           # a chosen query, and an image of the map
+    assert len(ringed.traces[8]['x']) == 3 and '2 chosen images ringed' in ringed.title
     assert [t.marker.symbol for t in fig.data] == look and len(fig.data[8].x) == 2 and 'after 2 epochs' in fig.layout.title.text
 
-@pytest.mark.parametrize('call,words', [(lambda r: asked(r, 'Nowhere'), 'Otherville'), (lambda r: asked(r, epoch=7), r'\[0, 1, 2\]'), (lambda r: asked(r, epoch=-4), r'\[0, 1, 2\]'), (lambda r: gallery_figure(r, query=120), 'from 0'), (lambda r: gallery_figure(r, query=-1), 'from 0'),
+@pytest.mark.parametrize('call,words', [(lambda r: asked(r, 'Nowhere'), 'Otherville'), (lambda r: asked(r, epoch=7), r'\[0, 1, 2\]'), (lambda r: asked(r, epoch=-4), r'\[0, 1, 2\]'), (lambda r: gallery_figure(r, query=120), 'from 0'), (lambda r: gallery_figure(r, query=-1), 'from 0'), (lambda r: failure_view(r, images=[0, 10**6]), 'no image 1000000'), (lambda r: failure_view(r, images=[-1]), 'no image -1'),
                                         (lambda r: gallery_figure(r, k=0), 'at least one'), (lambda r: gallery_figure(r, query=[]), 'no query'), (lambda r: failure_view(r, query=[0, 999]), 'from 0'), (lambda r: recall_curve_figure(r, 'x'), 'Otherville')])
 def test_bad_wishes_name_the_choices(run, call, words):
     with pytest.raises(UserError, match=words): call(run)

@@ -1,5 +1,5 @@
 "Photo maps: positions against pyproj, confidence against its definition, growing against making anew, damage, and two writers at once."
-import json, math, os, shutil, threading
+import json, math, os, shutil, subprocess, sys, threading
 from fractions import Fraction
 
 import numpy as np
@@ -366,6 +366,38 @@ def test_useless_folders(tmp_path, model):
 def test_a_model_that_gives_nan(town):
     model = packaged_model()[0]; model.backbone.model.norm.bias.data[:] = float('nan')
     says('NaN', update_map, town, model, SIZE); assert not (town/'.sage'/'index.json').exists()
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from test_where import photo
+from sage.core import UserError
+from sage.where import packaged_model, read_map, update_map
+root, model = Path(sys.argv[1]), packaged_model()[0]
+size = next((root/'.sage').glob('*.faiss')).stat().st_size
+photo(root/'new.png', 5, 55.71, 13.19)
+for less in (10, 5000):                                                      # within the last buffer that FAISS writes, and before it
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - less, resource.RLIM_INFINITY))
+    try: update_map(root, model, 56, 'grid')
+    except OSError as e: assert not isinstance(e, UserError) and '.faiss' in str(e.filename), e
+    else: raise AssertionError('written')
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    assert read_map(root).index.ntotal == 30 and not [p for p in (root/'.sage').iterdir() if p.name.startswith('.')]
+assert update_map(root, model, 56, 'grid').index.ntotal == 31
+"""
+
+def test_an_index_that_does_not_fit_on_the_disk(copy):
+    "The state before stays, whole; FAISS itself says nothing when its last bytes are not written."
+    done = subprocess.run([sys.executable, '-c', FULL, copy], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': os.pathsep.join([os.path.dirname(__file__), os.environ.get('PYTHONPATH', '')])})
+    assert done.returncode == 0, done.stderr
+
+@pytest.mark.parametrize('change', [dict(radius=None), dict(radius='x'), dict(files='../../x.parquet'), dict(index='/etc/passwd'), dict(bytes=['a']), dict(bytes={}), dict(calibration={}), dict(calibration=dict(right=['a'], wrong=[])), dict(calibration=dict(right=3, wrong=[])), dict(size='x'), dict(size=['a', 'b']), dict(dim='x'), dict(root=3), dict(model=None)])
+def test_an_index_that_says_other_things_is_damaged(copy, model, change):
+    about = copy/'.sage'/'index.json'
+    about.write_text(json.dumps(json.loads(about.read_text()) | change))
+    says('--rebuild', read_map, copy)
+    assert update_map(copy, model, SIZE, 'grid', rebuild=True).index.ntotal == 30
 
 
 # ---- real photographs

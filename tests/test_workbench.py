@@ -1,6 +1,7 @@
 "The workbench: what the browser is sent, what stays shared between tabs, how trainings are held, and what a user sees who gets something wrong."
 import json, shutil, threading, time
 
+import numpy as np
 import plotly.graph_objects as go
 import pytest
 
@@ -79,6 +80,27 @@ def test_a_lasso_fills_the_gallery_and_the_graph(bench):
     bench.wait(90)
     assert bench.state.lasso is None and '<img' not in page.chosen.value
 
+def test_a_lasso_of_images_of_the_map_rings_them(bench, run):
+    table = run.table('Otherville')
+    database, queries = (np.flatnonzero(table.role == role)[:30].tolist() for role in ('database', 'query'))
+    try:
+        for chosen, words in ((database, '30 images are chosen and ringed on the map, 0 of them queries: the query above'), (database + queries, '60 images are chosen and ringed on the map, 30 of them queries: answers of the first 4 below, lines from the first 12')):
+            bench.state.set(lasso=('Otherville', tuple(chosen)))
+            page = opened(bench, 4)
+            assert words in page.said.value
+            until(lambda: f'{len(chosen)} chosen images ringed' in page.map.title, bench)
+    finally: bench.state.set(lasso=None)
+    until(lambda: page.said.value == '' and 'ringed' not in page.map.title, bench)
+
+def test_the_map_offers_other_batches(bench, run):
+    page = opened(bench, 1)
+    try:
+        for what, names in (('batches of the epoch', [f'epoch 3 \\u00b7 batch {b}' for b in run.cliques(3).batch.unique()]), ('epoch by epoch', [f'epoch {e} \\u00b7 batch {page.batch.value}' for e in range(4)])):
+            page.layers.value = what
+            until(lambda: all(n in page.map.page for n in names), bench)
+    finally: page.layers.value = 'this batch'
+    until(lambda: 'epoch 2' not in page.map.page, bench)
+
 def test_a_query_is_chosen_everywhere(bench, run):
     page, a = opened(bench, 4), run.answers(3)['Otherville']
     page.map.heard(dict(kind='click', points=[int(a.queries[7])]))
@@ -139,7 +161,7 @@ def test_a_click_on_the_map_chooses_and_the_choice_is_ringed(bench, run):
     mine = cliques[(cliques.batch == page.batch.value)]
     other = mine[mine.slot != page.slot.value].iloc[0]
     page.map._handle_custom_msg(dict(kind='click', points=[int(other.node)]), [])
-    until(lambda: page.map.shown == dict(slot=int(other.slot), closer=False), bench)
+    until(lambda: page.map.shown == dict(slot=int(other.slot), layer=f'3/{page.batch.value}', closer=False), bench)
     assert bench.state.node == other.node and page.slot.value == other.slot
     sent = page.map.page
     page.closer.value = 'this clique'
