@@ -22,7 +22,6 @@ from .images import check_size, eval_transform
 from .model import evaluating, raw_descriptors
 from .retrieval import recall_at_k, recall_from_ranks
 from .stream import SEARCHES, release, search_costs, stream_search
-from .viz.style import COLORS
 
 # %% ../nbs/42_benchmark.ipynb #23432ac1
 @torch.no_grad()
@@ -280,7 +279,7 @@ def plot_audit(
     "R@1 of every measurement: each setting is a line, each shuffle a dot."
     fig = Figure(figsize=(6, .32 * measured.setting.nunique() + 1.2), dpi=90, layout='constrained')
     ax, names, how = fig.subplots(), list(dict.fromkeys(measured.setting)), measured.order.where(measured.batch > 0, 'head off')
-    for kind, (colour, mark) in {'sorted': (COLORS['vermillion'], 'D'), 'shuffled': (COLORS['blue'], 'o'), 'head off': ('#555555', 's')}.items():
+    for kind, (colour, mark) in {'sorted': ('#D55E00', 'D'), 'shuffled': ('#0072B2', 'o'), 'head off': ('#555555', 's')}.items():
         mine = measured[how == kind]
         ax.scatter(mine['R@1'], [names.index(s) for s in mine.setting], c=colour, marker=mark, s=26, alpha=.8, label=kind)
     ax.axvline(measured.loc[measured.batch == 0, 'R@1'].iloc[0], color='#555555', lw=.8, ls=':')
