@@ -130,15 +130,15 @@ def main():
     args.out = args.out or Path(__file__).parent/'results'/f'{name}.json'
     cases = [('nano', 'sage_nano', 56)] if args.tiny else [(n, f'vit_{dict(B="base", L="large")[n[-1]]}_patch14_dinov2.lvd142m', side) for n in args.models for side in args.sides]
     mine = lambda r: (r['model'], r['side']) in {(n, side) for n, _, side in cases} and r['way'] in args.ways
-    rows = [r for r in json.loads(args.out.read_text())['rows']['rows'] if not mine(r)] if args.out.exists() else []
     peak, card = matrix_peak(device, args.tiny), torch.cuda.get_device_name() if device == 'cuda' else 'CPU, toy size: no statement about a GPU'
+    rows = [r for r in json.loads(args.out.read_text())['rows'] if r['device'] == card and not mine(r)] if args.out.exists() else []
     print(machine(), card, f'matrix peak {peak/1e12:.1f} TFLOP/s', sep='\n', flush=True)
     for model, backbone, side in cases:
         s = Settings(backbone=backbone, image_size=side, places_per_batch=4 if args.tiny else 60, images_per_place=3 if args.tiny else 4, device=device)
         for way in args.ways:
-            row = dict(model=model, side=side, way=way, images=s.places_per_batch * s.images_per_place) | tried(model, s, way, device, peak, turns)
+            row = dict(device=card, matrix_peak=peak, model=model, side=side, way=way, images=s.places_per_batch * s.images_per_place) | tried(model, s, way, device, peak, turns)
             rows.append(row)
             print(line(row, next((r.get('train_images_per_s') for r in rows if (r['model'], r['side'], r['way']) == (model, side, 'eager')), None)), flush=True)
-            keep(name, args, dict(device=card, matrix_peak=peak, rows=rows), ('torch', 'timm', 'lightning', 'numpy'))
+            keep(name, args, rows, ('torch', 'timm', 'lightning', 'numpy'))
 
 if __name__ == '__main__': main()

@@ -330,7 +330,8 @@ def _member_table(features, geo, number, batch, rows, ptr):
         value[s] = [seed_scores(W)[at[0]]] + [W[at[t], at[:t]].mean() for t in range(1, k)]
         among[s] = W[np.ix_(at, at)]
     flat = batch.ravel()
-    return dict(batch=np.full(P*k, number), slot=np.repeat(np.arange(P), k), place=geo.places.place.to_numpy()[geo.codes[flat]], image=geo.table.image.to_numpy()[flat],
+    chosen_from = as_objects([rows[ptr[s]:ptr[s+1]] if t == 0 else rows[:0] for s in range(P) for t in range(k)])                # said once, by the anchor
+    return dict(candidates=chosen_from, batch=np.full(P*k, number), slot=np.repeat(np.arange(P), k), place=geo.places.place.to_numpy()[geo.codes[flat]], image=geo.table.image.to_numpy()[flat],
                 rank=np.tile(np.arange(k), P), mean_affinity=value.ravel(), city=geo.places.city.to_numpy(dtype=object)[geo.codes[flat]], node=geo.codes[flat], row=flat,
                 clique_size=np.repeat(np.diff(ptr[:P+1]), k), affinities=as_objects(among.reshape(P*k, k)))
 
@@ -342,7 +343,7 @@ def as_objects(rows):
 
 @patch
 def cliques_table(self:CliqueBatches) -> pd.DataFrame:
-    "Members of the first `keep` batches since the last `iter()`: batch, slot, place, image, rank (0 = anchor), mean_affinity; and city, node (the place's number), row (of the table), clique_size, affinities (to the members in their order)."
+    "Members of the first `keep` batches since the last `iter()`: batch, slot, place, image, rank (0 = anchor), mean_affinity; and city, node (the place's number), row (of the table), clique_size, affinities (to the members in their order), candidates (the anchor's row: rows of the table that the members were chosen from)."
     p = self._pass
     parts = [_member_table(p.features, self.geo, n, *kept) for n, kept in enumerate(p.kept)] if p else []
     parts = parts or [_member_table(None, self.geo, 0, np.zeros((0, 1), np.int64), np.zeros(0, np.int32), np.zeros(1, np.int64))]

@@ -24,6 +24,7 @@ from .images import check_size, load_image
 from .geo import check_latlon
 from .photos import find_photo_csv, inside, list_images, numbers, photo_label, read_csv, unread_csvs
 from .ranks import launch, told
+from .run import damage
 from .sources import not_too_many
 from .where import PhotoMap, ask, describe_files, ground_metres, in_map, in_space, model_hash, own_rows, packaged_model, threshold, update_map
 from .command import Parser, command, count, eval_side, max_bad_flag, metres, model_of, said, size
@@ -126,18 +127,15 @@ def _pin(color='', text=''):
 def _card(m, a, number, pixels):
     "Picture, coordinates and distances of an answer, as HTML."
     sure = '' if np.isnan(a.confidence) else f'confidence {a.confidence:.2f}<br>'
-    return f'<img src="{_thumb(m.root/a.image, pixels)}" alt=""><b>answer {number}</b> · {escape(_position(a))}<br>descriptor distance {a.distance:.3f}<br>{sure}{a.images} photographs there<br><small>{escape(a.image)}</small>'
+    return f'<img src="{thumbnail(m.root/a.image, pixels)}" alt=""><b>answer {number}</b> · {escape(_position(a))}<br>descriptor distance {a.distance:.3f}<br>{sure}{a.images} photographs there<br><small>{escape(a.image)}</small>'
 
-def _thumb(path, pixels):
-    "A small picture of a photograph, whatever its format."
-    try: return thumbnail(load_image(path), pixels)
-    except UserError: return thumbnail(path, pixels)
 
 # %% ../nbs/67_cli_photos.ipynb #1739121a
 def answer_layer(
     m:PhotoMap,
     asked:Asked,
     center, # see `map_coordinates`
+    degrees=None, # see `map_coordinates`
     show=True, # at first
     pixels=160, # of the pictures
 )->folium.FeatureGroup:
@@ -145,9 +143,9 @@ def answer_layer(
     group, a = folium.FeatureGroup(name=escape(Path(asked.path).name), show=show), asked.answers
     cards = [_card(m, row, i + 1, pixels) for i, row in enumerate(a.itertuples())]
     color = [COLORS['vermillion'] if i == 0 else COLORS['blue'] for i in range(len(a))]
-    pins = layer(features('Point', map_coordinates(a, center)[0] if len(a) else [], tip=[f'answer {i + 1}' for i in range(len(a))], card=cards, color=color, number=list(range(1, len(a) + 1))),
+    pins = layer(features('Point', map_coordinates(a, center, degrees)[0] if len(a) else [], tip=[f'answer {i + 1}' for i in range(len(a))], card=cards, color=color, number=list(range(1, len(a) + 1))),
                  lambda f: dict(html=_pin(f['properties']['color'], f['properties']['number']).options['html']), folium.Marker(icon=_pin()))
-    ring = layer(features('Point', [[asked.own['lon'], asked.own['lat']]], tip=['its own GPS']), marker=folium.CircleMarker(radius=11, weight=3, color=COLORS['green'], fill=False)) if asked.own and asked.off is not None else None
+    ring = layer(features('Point', [[asked.own['lon'], asked.own['lat']]], tip=['its own GPS']), marker=folium.CircleMarker(radius=11, weight=3, color=COLORS['green'], fill=False)) if asked.own and asked.off is not None and degrees is not False else None
     for part in (pins, ring):
         if part is not None: part.add_to(group)
     return group
@@ -163,11 +161,11 @@ def where_page(
     photos = m.photos.assign(image=[str(m.root/i) for i in m.photos.image])
     center, degrees = tuple(photos[['easting', 'northing']].mean()), map_coordinates(photos)[1]
     page = empty_map(degrees)
-    add_ground(page, photos, center=center)
-    for i, a in enumerate(asked): answer_layer(m, a, center, i == 0, pixels).add_to(page)
+    add_ground(page, photos, center=center, degrees=degrees)
+    for i, a in enumerate(asked): answer_layer(m, a, center, degrees, i == 0, pixels).add_to(page)
     folium.LayerControl(collapsed=len(asked) > 12).add_to(page)
-    fit(page, map_coordinates(asked[0].answers if asked and len(asked[0].answers) else photos, center)[0])
-    pictures = ''.join(f'<div style="margin:4px 0"><img src="{_thumb(a.path, pixels)}" alt=""><br><b>{escape(Path(a.path).name)}</b>: {escape(a.verdict)}</div>' for a in asked[:4])
+    fit(page, map_coordinates(asked[0].answers if asked and len(asked[0].answers) else photos, center, degrees)[0])
+    pictures = ''.join(f'<div style="margin:4px 0"><img src="{thumbnail(a.path, pixels)}" alt=""><br><b>{escape(Path(a.path).name)}</b>: {escape(a.verdict)}</div>' for a in asked[:4])
     ring = '<span style="color:%s">◯</span> the photograph\'s own GPS<br>' % COLORS['green'] if any(a.own for a in asked) else ''
     add_note(page, f'{pictures}Numbers: the most similar places. Grey: photographs of the map.<br>{ring}<small>described by {escape(name)}</small>')
     return map_html(page)
@@ -374,7 +372,7 @@ def part_rows(
 )->int: # descriptors
     "Rows of a part. Raises `UserError` where it is damaged."
     try: return len(np.load(path, mmap_mode='r', allow_pickle=False)) if path.suffix == '.npy' else pq.ParquetFile(path).metadata.num_rows
-    except (OSError, ValueError, EOFError, TypeError, pa.ArrowException) as e: raise UserError(f'{path}: damaged ({" ".join(str(e).split())[:80]}); delete it and give the same command again') from None
+    except damage() as e: raise UserError(f'{path}: damaged ({" ".join(str(e).split())[:80]}); delete it and give the same command again') from None
 
 def part_done(path): # whether a part is there and whole; one that is damaged is said, and made again
     if not path.exists(): return False
@@ -398,6 +396,7 @@ def describe_parts(
     names = hashlib.sha256(df.to_csv(index=False).encode()).hexdigest()
     open_parts(out, dict(images=names, model=model_hash(model), size=list(side), precision=precision, rows=rows))
     me, n = told(), -(-len(df) // rows)
+    not_too_many(read_left_out(out), len(df), max_bad, out)
     for i in range(me['rank'], n, me['size']):
         path = out/f'{i:05d}{out.suffix}'
         if part_done(path): continue

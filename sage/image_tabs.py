@@ -34,7 +34,7 @@ class Chosen:
         at = np.flatnonzero(a.queries == self.row) if have else ()
         if not len(at): return
         rows, right = a.rows[at[0]], a.right[at[0]]
-        first = [*range(5), *(i for i in np.flatnonzero(right)[:1] if i >= 5)]
+        first = [*range(min(5, len(rows))), *(i for i in np.flatnonzero(right)[:1] if i >= 5)]
         away = metres_between(self.run.table(self.of), np.full(len(rows), self.row), rows)
         for i in first: yield f'answer {i + 1} {"✓" if right[i] else "✗"} {far(away[i])} off', int(rows[i])
 

@@ -85,16 +85,22 @@ class SageModule(L.LightningModule):
         if broken or not np.isfinite(self.last['loss']):
             what = f'the loss is {self.last["loss"]}' + (f' and {broken} of {self.last["images"]} descriptors are no numbers' if broken else '')
             self.failed = dict(self.last)
-            raise UserError(f'step {self.step + 1}: {what}; the batch is kept (sage_train --run FOLDER --again repeats it), try a lower lr or precision 32')
+            raise UserError(f'step {self.step + 1}: {what}; the batch is kept (sage_train --run FOLDER --again repeats it), start another run with a lower lr or precision 32')
         self.sums.update(self.last, steps=1)
         return loss
 
     def on_before_optimizer_step(self, optimizer):
         "A loss that is a number may have a gradient that is none: the weights must not take it. (In 16 bits it is expected now and then, and the step is left out.)"
         if getattr(self.trainer.precision_plugin, 'scaler', None) is not None: return
-        if torch.isfinite(torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])): return
+        if not (broken := self.broken_gradients()): return
         self.failed = dict(self.last)
-        raise UserError(f'step {self.step + 1}: the gradient is no number, though the loss is {self.last["loss"]:.3f}; the batch is kept (sage_train --run FOLDER --again repeats it), try a lower lr or precision 32')
+        raise UserError(f'step {self.step + 1}: the gradient of {broken[0]} is no number, though the loss is {self.last["loss"]:.3f}; the batch is kept (sage_train --run FOLDER --again repeats it), start another run with a lower lr or precision 32')
+
+    def broken_gradients(self): # names of parameters whose gradient is no number
+        grads = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        if not grads or torch.isfinite(torch.nn.utils.get_total_norm(list(grads.values()))): return []
+        return [n for n, g in grads.items() if not torch.isfinite(g).all()] or [next(iter(grads))]            # each finite, their norm is not
+
 
 # %% ../nbs/35_learner.ipynb #8d9f2556
 def save_state(

@@ -41,17 +41,29 @@ def image_names(
     names = _as_text(sorted(name for name in os.listdir(existing(folder)) if _is_image(name)))
     return {os.path.splitext(name)[0]: name for name in names}
 
+def _below(folder, seen):
+    "(images, linked folders) below a folder, without those of folders that were seen."
+    found, links = [], []
+    for path, folders, names in os.walk(folder):
+        real = os.path.realpath(path)
+        if real in seen: folders.clear(); continue
+        seen.add(real)
+        folders[:] = [f for f in folders if not f.startswith('.')]
+        links += [f'{path}/{f}' for f in folders if os.path.islink(f'{path}/{f}')]
+        found += [f'{path}/{name}' for name in names if _is_image(name)]
+    return found, links
+
 def list_images(
     folder:Path, # searched in any depth; folders beginning with a dot are not entered
 ) -> list:       # absolute paths as text, sorted
-    "All images below a folder, linked folders entered once. Raises `MissingPath`."
-    found, seen = [], {os.path.realpath(existing(folder))}
-    for path, folders, names in os.walk(folder, followlinks=True):
-        real = {f: os.path.realpath(f'{path}/{f}') for f in sorted(folders) if not f.startswith('.')}
-        folders[:] = [f for i, f in enumerate(real) if real[f] not in seen and real[f] not in list(real.values())[:i]]
-        seen |= {real[f] for f in folders}
-        found += [f'{path}/{name}' for name in names if _is_image(name)]
+    "All images below a folder. Linked folders come after the others, and each folder counts once. Raises `MissingPath`."
+    seen = set()
+    found, links = _below(existing(folder), seen)
+    while links:
+        more, further = _below(links.pop(0), seen)
+        found, links = found + more, sorted(links + further)
     return _as_text(sorted(found))
+
 
 # %% ../nbs/03_photos.ipynb #93d21a59
 def locate_images(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GSV_CITIES', 'SOURCES', 'swapped', 'coordinate_warnings', 'name_warnings', 'wide_places', 'doubles', 'overlaps',
-           'read_parts', 'missing_parts', 'source_of', 'benchmark_candidates', 'try_benchmarks', 'Preflight',
-           'count_table', 'oddities', 'check']
+           'read_parts', 'missing_parts', 'source_of', 'may_hold', 'benchmark_candidates', 'try_benchmarks',
+           'Preflight', 'count_table', 'oddities', 'check']
 
 # %% ../nbs/58_preflight.ipynb #7b4ea79b
 import hashlib, os
@@ -22,7 +22,7 @@ from .geo import to_latlon, to_utm
 from .places import place_rows
 from .photos import find_photo_csv, list_images, read_csv, read_photos, unread_csvs
 from .formats import MSLS_CITIES, detect_format, msls_split, read_gsv, read_msls, read_utm, utm_fields
-from .protocols import PROTOCOLS, count_note, folder_protocol, get_protocol, load_benchmark
+from .protocols import PROTOCOLS, Protocol, count_note, folder_protocol, get_protocol, load_benchmark
 
 # %% ../nbs/58_preflight.ipynb #a9724008
 def swapped(
@@ -211,13 +211,22 @@ def source_of(
     return SOURCES.get(family) or SOURCES.get(family.split('_')[0], '')
 
 # %% ../nbs/58_preflight.ipynb #a4e69792
+def may_hold(
+    folder:Path,       # called as a benchmark is
+    protocol:Protocol,
+) -> bool:
+    "Whether a folder may be that benchmark, complete or not, and no album of photographs that has its name."
+    if not folder.is_dir(): return False
+    parts = {'images', 'datasets', 'train_val', 'train', 'val', 'test', *(part for pair in protocol.parts for part in pair)}
+    return any((folder/part).is_dir() for part in parts) or not list_images(folder)
+
 def benchmark_candidates(
     root:Path,                 # a data set or a folder of data sets
     benchmark:str|None = None, # only this one, wherever it is
 ) -> list:                     # protocols
     "Which benchmarks to try."
     if benchmark: return [get_protocol(benchmark)]
-    named = [p for p in PROTOCOLS.values() if root.name in p.folders or any((root/f).is_dir() for f in p.folders)]
+    named = [p for p in PROTOCOLS.values() if root.name in p.folders and may_hold(root, p) or any(may_hold(root/f, p) for f in p.folders)]
     return named or [p for p in PROTOCOLS.values() if p.database or p.queries if _fits_here(root, p)]
 
 def _fits_here(root, p):
@@ -308,7 +317,7 @@ def _own_set(root):
 
 def _layout(root, served):
     "The layout whose reader is to look at the folder; 'root' for a folder of benchmarks, '' for none."
-    if any((root/f).is_dir() for p in PROTOCOLS.values() for f in p.folders): return 'root'
+    if any(may_hold(root/f, p) for p in PROTOCOLS.values() for f in p.folders): return 'root'
     try: kind = detect_format(root)
     except UserError: return ''
     return '' if kind == 'photos' and (served or _own_set(root)) else kind

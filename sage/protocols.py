@@ -8,7 +8,7 @@ __all__ = ['SOURCE', 'PROTOCOLS', 'Protocol', 'get_protocol', 'protocol_table', 
            'folder_protocol', 'keep_rows']
 
 # %% ../nbs/41_protocols.ipynb #15c244d5
-import json, re
+import json, os, re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -168,19 +168,28 @@ def _json_pairs(path):
     if not isinstance(found, dict) or not all(isinstance(rs, list) for rs in found.values()): raise UserError(f'{path} holds something else than {{"query.jpg": ["reference.jpg", …]}}')
     return [(q, r) for q, rs in found.items() for r in map(str, rs)]
 
+def _row_of(paths):
+    "A function from a path or a name to its row."
+    rows, names = {p: i for i, p in enumerate(paths)}, {}
+    for i, p in enumerate(paths): names.setdefault(p.rpartition('/')[2], []).append(i)
+    def row(name, source):
+        found = [rows[name]] if name in rows else names.get(name, [])
+        if not found: raise UserError(f"{source} names '{name}', which is not among the images")
+        if len(found) > 1: raise UserError(f"{source} names '{name}', which {len(found)} images are called; write the path below their folder, as {paths[found[0]]}")
+        return found[0]
+    return row
+
 def read_positives(
-    path:Path, # csv with columns query, reference; or json {query: [references]}; file names
-    database:list, # file names of the database
-    queries:list, # file names of the queries
+    path:Path, # csv with columns query, reference; or json {query: [references]}; paths below the folders of the two, or names where there is one of each
+    database:list, # paths of the database, below its folder
+    queries:list, # paths of the queries, below theirs
 )->list: # for each query the sorted rows of its references
-    "Ground truth from a plain file; `UserError` names a missing column or an unknown image."
+    "Ground truth from a plain file; `UserError` names a missing column, an unknown image, or a name that several have."
     if path.suffix == '.json': pairs = _json_pairs(path)
     else: df = read_csv(path, 'query', 'reference'); pairs = list(zip(df['query'], df['reference']))
-    d, q = ({name: i for i, name in enumerate(names)} for names in (database, queries))
+    d, q = map(_row_of, (database, queries))
     rows = [set() for _ in queries]
-    for a, b in pairs:
-        if a not in q or b not in d: raise UserError(f"{path} names '{a if a not in q else b}', which is not among the images")
-        rows[q[a]].add(d[b])
+    for a, b in pairs: rows[q(a, path)].add(d(b, path))
     return [np.array(sorted(r), dtype=np.int64) for r in rows]
 
 # %% ../nbs/41_protocols.ipynb #a6cb0770
@@ -223,7 +232,7 @@ def _read_folders(root, protocol, notes):
     coordinates = protocol.rule == 'radius'
     d, q = (folder_table(f, role, root.name, coordinates) for f, role in zip(found, ('database', 'query')))
     truth = next((p for p in (root/'positives.csv', root/'positives.json') if p.exists()), None)
-    if truth: positives = read_positives(truth, *([Path(i).name for i in t.image] for t in (d, q))); notes.append(f'positives read from {truth.name}')
+    if truth: positives = read_positives(truth, *([os.path.relpath(i, f).replace(os.sep, '/') for i in t.image] for t, f in zip((d, q), found))); notes.append(f'positives read from {truth.name}')
     elif coordinates: d, q = one_zone(root, d, q, notes=notes); positives = positives_within(q, d, protocol.within)
     else:
         frames, asked = frame_numbers(*([Path(i).stem for i in t.image] for t in (d, q)), protocol.step)

@@ -153,7 +153,16 @@ def config(self:Run) -> dict:
     except (ValueError, RecursionError) as e: raise UserError(f'{path}: not readable as JSON ({e}); restore it or train anew') from None
     if not isinstance(config, dict): raise UserError(f'{path}: holds no settings; restore it or train anew')
     check_config(config, path)
-    return config
+    return {k: v for k, v in config.items() if v is not None}
+
+@patch
+def setting(self:Run,
+    name:str, # a number among the run's settings
+    default,  # where it names none
+):
+    "A setting the run was made with."
+    found = (self.config.get('settings') or {}).get(name)
+    return found if isinstance(found, type(default)) else default
 
 SHAPES = dict(settings=dict, model=dict, data=dict, tables=dict, validation=list)
 
@@ -162,9 +171,9 @@ def check_config(
     path,        # its file, for the message
 ):
     "Raises UserError for parts that are not shaped as a run's are; a part may be missing."
-    harm = lambda part, what: UserError(f'{path}: its {part} is {what}; restore it or train anew')
+    harm = lambda part, what: UserError(f'{path}: the part {part!r} is {what}; restore it or train anew')
     for part, kind in SHAPES.items():
-        if not isinstance(config.get(part) or kind(), kind): raise harm(part, f'no {dict(dict="table of names and values", list="list")[kind.__name__]}')
+        if not isinstance(config.get(part, kind()), (kind, type(None))): raise harm(part, f'no {dict(dict="table of names and values", list="list")[kind.__name__]}')
     for part, of in (('tables', str), ('data', dict)):
         if not all(isinstance(v, of) for v in (config.get(part) or {}).values()): raise harm(part, 'damaged')
     if not all(isinstance(v, str) for v in config.get('validation') or []): raise harm('validation', 'no list of names')
@@ -411,7 +420,7 @@ def truncate(self:Run,
     logged = {r.get('epoch') for r in rows if r.get('kind', 'epoch') == 'epoch'}
     for e in self.epochs():
         if e >= epoch and e not in logged: remove(self.path/'epochs'/epoch_name(e))
-    for p in (self.path/'checkpoints').iterdir():
+    for p in (self.path/'checkpoints').glob('*.safetensors'):
         if (m := re.fullmatch(r'(\d+)(\.resume)?\.safetensors', p.name)) and int(m[1]) > epoch: remove(p)
     sweep(self.path)
 
@@ -450,10 +459,12 @@ def alone(
     "Hold a run folder against every other process. Raises UserError naming the one that has it; one that has ended has it no more."
     lock, me = Path(path)/'lock.json', dict(pid=os.getpid(), host=platform.node(), started=started(os.getpid()), since=time.strftime('%Y-%m-%d %H:%M'))
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(lock) as f:
+    with naming(lock), _one_at_a_time(lock) as f:
         owner = holder(lock)
         if owner: raise UserError(f'{path}: process {owner["pid"]} on {owner["host"]} has been writing this run since {owner["since"]}; wait for it, stop it, or choose another folder' + (f' (if it has ended, remove {lock})' if owner['host'] != me['host'] else ''))
-        with naming(lock): f.truncate(0); f.write(json.dumps(me)); f.flush()
+        f.truncate(0)
+        f.write(json.dumps(me))
+        f.flush()
     try: yield
     finally:
         with suppress(OSError): # a lock that cannot be removed is nobody's once this process ends

@@ -102,6 +102,11 @@ def _held_out(path):
     held = next((df[df.split == s] for s in ('val', 'test') if (df.split == s).any()), df)
     return held.reset_index(drop=True)
 
+def _free(name, taken, path):
+    "The same name. Raises `UserError` where another set has it: one would take the other's place."
+    if name in taken: raise UserError(f"{path}: another set is called '{name}', too; rename one of the two folders, or link to it by another name")
+    return name
+
 def validation_tables(
     paths:list, # data sets with database and queries, or 'world'
     scan:bool = True, # decode every image beforehand
@@ -112,8 +117,8 @@ def validation_tables(
     tables = {}
     for p in paths:
         if p == 'world': tables |= world()['val']
-        elif detect_format(p) == 'msls': tables[f'{Path(p).name} val (subtask queries)'] = readable(read_msls(p, split='val'), p, scan, progress, max_bad)
-        else: tables[Path(p).absolute().name] = readable(_held_out(p), p, scan, progress, max_bad)
+        elif detect_format(p) == 'msls': tables[_free(f'{Path(p).name} val (subtask queries)', tables, p)] = readable(read_msls(p, split='val'), p, scan, progress, max_bad)
+        else: tables[_free(Path(p).absolute().name, tables, p)] = readable(_held_out(p), p, scan, progress, max_bad)
     return tables
 
 # %% ../nbs/45_sources.ipynb #f51a8d21
@@ -194,6 +199,7 @@ def evaluation_sets(
             p = folder_protocol(path, frames, radius)
             sets.append((p, load_benchmark(p, path)))
     if not sets: raise UserError(f'nothing to measure on: give --data a folder (or world), or --benchmark one of {", ".join(PROTOCOLS)}')
+    for i, (p, _) in enumerate(sets): _free(p.name, [other.name for other, _ in sets[:i]], p.title)
     return [(p, only_readable(e, progress, max_bad)) for p, e in sets] if scan else sets
 
 # %% ../nbs/45_sources.ipynb #5b635239

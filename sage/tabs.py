@@ -198,6 +198,7 @@ class CliquePage(Page):
         self.closer = self.on(W.ToggleButtons(options=['whole batch', 'this clique'], style=dict(button_width='100px'), tooltips=['all cliques of the batch', 'as near as it gets']))
         self.tiles = self.on(W.Checkbox(description='tiles of OpenStreetMap (asks the network)', value=False, indent=False, layout=W.Layout(width='310px')))
         self.map, self.growth, self.shown, self.node = Frame('batch on the map', lambda message: self.do(functools.partial(self.heard, None, 'click', message))), self.plot(), None, None
+        self.known = {}
         return [W.HBox([self.batch, self.slot, self.layers, self.closer, self.tiles], layout=W.Layout(flex_flow='row wrap')), self.map, self.growth]
 
     def heard(self, plot, kind, message): # a star or a dot of the map
@@ -222,7 +223,7 @@ class CliquePage(Page):
         self.growth.show(drawn_clique_figure(self.run, s.epoch, self.batch.value, self.slot.value, s.dark, described=self.spot(cliques)))
 
     def spot(self, cliques): # descriptors of the spot's images as the sampler had them, once they are there; None: those of places do
-        if (self.run.config.get('settings') or {}).get('node_features') != 'image': return None
+        if self.run.setting('node_features', '') != 'image': return None
         mine = cliques[(cliques.batch == self.batch.value) & (cliques.slot == self.slot.value)].sort_values('rank')
         return self.state.spots.get((self.state.epoch, tuple(self.run.table().image.iloc[spot_images(self.run, mine)])))
 
@@ -237,10 +238,14 @@ class CliquePage(Page):
         return None, None
 
     def offered(self): # (epochs, batches) of the map's layers, those that are shown first
-        epoch, batch, recorded = self.state.epoch, self.batch.value, lambda e: batch in set(self.run.cliques(e).batch)
+        epoch, batch, recorded = self.state.epoch, self.batch.value, lambda e: batch in self.batches(e)
         if self.layers.value == 'batches of the epoch': return (epoch,), tuple(around(list(self.batch.options), batch))
-        if self.layers.value == 'epoch by epoch': return tuple(around([e for e in self.state.epochs if e == epoch or recorded(e)], epoch)), (batch,)
+        if self.layers.value == 'epoch by epoch': return tuple(e for e in around(self.state.epochs, epoch) if e == epoch or recorded(e)), (batch,)
         return (epoch,), (batch,)
+
+    def batches(self, epoch): # numbers of those recorded; kept, for they never change
+        if epoch not in self.known: self.known[epoch] = set(self.run.cliques(epoch).batch)
+        return self.known[epoch]
 
     def draw_map(self, key): # folium has no updates: emit only what changed
         if key == self.shown: return

@@ -320,7 +320,7 @@ def parts_of(trainer): # (optimiser, schedule)
 @patch
 def keep(self:EpochGraph, epoch, trainer, module, trained): # checkpoint of a number of finished epochs
     broken = [n for n, p in module.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
-    if broken: raise UserError(f'step {module.step}: the weights {broken[0]} are no numbers any more; they are not kept, --resume goes on from the epoch before. A lower lr or precision 32 may help')
+    if broken: raise UserError(f'step {module.step}: the weights {broken[0]} are no numbers any more, and are not kept; start another run with a lower lr or precision 32')
     if first(): save_checkpoint(self.run, epoch, module, *parts_of(trainer), trained=trained, precision=trainer.precision_plugin.state_dict())
 
 @patch
@@ -389,7 +389,7 @@ def read_failed(
 def again(
     run:Run,         # stopped because a loss or a descriptor was no number
     pretrained=True, # see `create_sage`
-) -> tuple:          # (loss, table of the batch's images: source, slot, image, finite: whether its descriptor is numbers)
+) -> tuple:          # (loss, names of parameters whose gradient is no number, table of the batch's images: source, slot, image, finite: whether its descriptor is numbers)
     "The batch at which a training stopped, once more, with the weights it met. Raises UserError where there is none."
     path = run.path/'failed.json'
     if not path.exists(): raise MissingPath(f'{path}: no such file; this run did not stop at a number that is none')
@@ -398,15 +398,16 @@ def again(
     read_weights(run.path/'failed.safetensors', module.model)
     module.step, names = failed['step'] - 1, list(failed['rows'])
     sources = Sources([Views(run.table(n), train_transform(check_size(s.image_size, module.model.patch), s.augment), None, seed_of(s.seed, n)) for n in names])
+    if any(not 0 <= failed['rows'][n].min() <= failed['rows'][n].max() < len(v) for n, v in zip(names, sources.views)): raise UserError(f'{path}: damaged (it names images that the run does not have); resume the run to stop there again')
     steps = Steps(s.steps)
     steps.fill(failed['epoch'], [[failed['rows'][n]] * s.steps for n in names])
     keys = [(*k[:-1], module.step % s.steps) for k in next(iter(steps))]
     device = pick_device(s.device)
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == 'cuda' else []), autocast(device, precision_of(s, module.to(device).model)):
-        try: module.training_step([t.to(device) for t in default_collate([sources[k] for k in keys])], 0)
+    with torch.random.fork_rng([device] if device.type == 'cuda' else []), autocast(device, precision_of(s, module.to(device).model)):
+        try: module.training_step([t.to(device) for t in default_collate([sources[k] for k in keys])], 0).backward()
         except UserError: pass                                                                     # it is what we came for
     finite = torch.cat(module.finite).tolist()
-    return module.last['loss'], pd.DataFrame([dict(source=names[i], slot=slot, image=sources.views[i].paths[row], finite=f) for (i, slot, row, *_), f in zip(keys, finite)])
+    return module.last['loss'], module.broken_gradients(), pd.DataFrame([dict(source=names[i], slot=slot, image=sources.views[i].paths[row], finite=f) for (i, slot, row, *_), f in zip(keys, finite)])
 
 # %% ../nbs/43_train.ipynb #4256c1ad
 FREE = ('epochs', 'device', 'devices', 'workers', 'log_every', 'prefix_cache', 'cache_gb', 'num_nodes', 'chunk')      # settings a resumed run may change

@@ -194,7 +194,7 @@ def _is_index(about):
     "Whether an index.json says all it must, names only the two files beside it, and holds numbers where they belong."
     if any(not isinstance(about.get(k), kind) for k, kind in _ABOUT.items()) or set(about['bytes']) != {about['files'], about['index']}: return False
     told = [about['calibration'].get(side) for side in ('right', 'wrong')]
-    return all(os.path.basename(n) == n for n in about['bytes']) and all(isinstance(t, list) and all(isinstance(v, (int, float)) for v in t) for t in (*told, about['size']))
+    return all(os.path.basename(n) == n and isinstance(size, int) for n, size in about['bytes'].items()) and all(isinstance(t, list) and all(isinstance(v, (int, float)) for v in t) for t in (*told, about['size']))
 
 def _opened(root, folder, about):
     "The map of one state. Raises `UserError` where a file is damaged, `MissingPath` where it is gone."
@@ -284,15 +284,25 @@ def _stat(path):
 def _labels(known, old):
     "Positions, or reasons why there are none, that were read in EXIF before; of files that are as they were."
     if not known or not old.about.get('exif'): return {}
-    rows = zip(known, old.files.itertuples())
+    rows = ((key, f) for key, f in zip(known, old.files.itertuples()) if np.isfinite(f.lat) or ' position' in f.reason)          # any other reason may have gone: a package is installed, a disk is back
     return {path: dict(lat=f.lat, lon=f.lon, heading=f.heading, time=f.time) if np.isfinite(f.lat) else f'{path}: {f.reason}' for (path, *stat), f in rows if os.path.exists(path) and _stat(path) == (path, *stat)}
 
+_FINAL = ('not an image', 'cannot be decoded', 'the file is empty', ' pixels')     # reasons that lie in the file itself
+
+def _mended(path, reason):
+    "Whether a file can be read that could not, for a reason outside of it."
+    if not reason or any(r in reason for r in _FINAL): return False
+    try: load_image(path); return True
+    except UserError: return False
+
 def _carry(files, old):
-    "What was found when files were opened before: hashes, and reasons why pixels cannot be used. A file that has a position only now is a new one."
+    "What was found when files were opened before: hashes, and reasons why pixels cannot be used. A file that has a position only now, or can be read only now, is a new one."
     seen = (files.row >= 0) & (files.reason == '')
     had = np.zeros(len(files), bool); had[seen] = np.isfinite(old.files.easting.to_numpy()[files.row[seen]])
     files.loc[seen & ~had, 'row'] = -1
     files.loc[had, 'reason'] = old.files.reason.to_numpy()[files.row[had]]
+    again = [i for i in np.flatnonzero(had) if _mended(old.root/files.image[i], files.reason[i])]
+    files.loc[again, ['row', 'reason']] = [-1, '']
     files.loc[files.row >= 0, 'sha'] = old.files.sha.to_numpy()[files.row[files.row >= 0]]
 
 def by_exif(
@@ -345,9 +355,9 @@ def _describe_new(index, model, files, root, **how):
     return files if begun == len(todo) else files.drop(index=todo[begun:]).reset_index(drop=True)
 
 def _same(new, old):
-    "Whether two states name the same files at the same positions, to a thousandth of a millimetre."
+    "Whether a listing names the files of a state, each known, at the same positions to a thousandth of a millimetre."
     where = ['easting', 'northing']
-    return len(new) == len(old) and all(list(new[c]) == list(old[c]) for c in ('image', 'bytes', 'changed', 'zone')) and np.allclose(new[where], old[where], rtol=0, atol=1e-6, equal_nan=True)
+    return len(new) == len(old) and (new.row >= 0).all() and all(list(new[c]) == list(old[c]) for c in ('image', 'bytes', 'changed', 'zone')) and np.allclose(new[where], old[where], rtol=0, atol=1e-6, equal_nan=True)
 
 def _refuse(old, model, name, size, root):
     "Raises `UserError` where `old` was made by something else."

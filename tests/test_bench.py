@@ -11,7 +11,7 @@ def test_the_step_on_a_gpu_is_ready(root, tmp_path):
     for ways in (('eager', 'sdpa'), ('sdpa',)):                                          # the second time only a part, the other is kept
         done = run(*ways)
         assert done.returncode == 0, done.stderr
-    rows = json.loads(out.read_text())['rows']['rows']
+    rows = json.loads(out.read_text())['rows']
     assert [r['way'] for r in rows] == ['eager', 'sdpa'] and all('failed' not in r for r in rows), rows
     for r in rows:
         assert set(r['parts']) == {'frozen blocks', 'last blocks', 'probing', 'miner and loss', 'backward', 'optimizer'} and abs(sum(r['parts'].values()) - 1) < 1e-6

@@ -286,7 +286,7 @@ def test_msls_validation_cities_never_train(sets, tmp_path, capsys):
     write_msls(both, tmp_path/'msls')
     code, out, err = run('train', '--data', tmp_path/'msls', '--run', tmp_path/'run', *SMALL, capsys=capsys)
     assert code == 0, err
-    assert 'mined: 24 images, 6 places, 1 cities' in out and 'msls val: 24 images' in out
+    assert 'mined: 24 images, 6 places, 1 cities' in out and 'msls val (subtask queries): 24 images' in out
 
 
 def test_ablation_of_two_cells(sets, tmp_path, capsys):

@@ -169,6 +169,7 @@ def test_a_table_of_the_members():
     batch = next(running := iter(s)); next(running); t = s.cliques_table()
     assert len(t) == 8 and t.batch.tolist() == [0]*8 and t.slot.tolist() == [0]*4 + [1]*4 and t['rank'].tolist() == [0, 1, 2, 3]*2 and t.row.tolist() == batch.ravel().tolist() and t.node.tolist() == (batch.ravel() > 4).astype(int).tolist()
     assert t.clique_size.tolist() == [5 if r < 5 else 4 for r in batch[:, 0] for _ in range(4)] and t.image.tolist() == [f'{r}.jpg' for r in batch.ravel()] and set(t.city) == {'x'} and t.place.tolist() == t.node.tolist()
+    assert [c.tolist() for c in t.candidates] == [(list(range(5)) if r < 5 else list(range(5, 9))) if i == 0 else [] for m in batch for i, r in enumerate(m)]
     for slot, mine in enumerate(batch):
         W, whole = affinity(np.c_[xs, 0*xs][mine], F[mine]), np.arange(5) if mine[0] < 5 else np.arange(5, 9)
         assert np.allclose(np.stack(t.affinities[t.slot == slot]), W) and t.mean_affinity[t.slot == slot].tolist() == pytest.approx([affinity(np.c_[xs, 0*xs][whole], F[whole])[mine[0] - whole[0]].sum()/(len(whole) - 1)] + [W[r, :r].mean() for r in (1, 2, 3)])

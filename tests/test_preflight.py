@@ -42,6 +42,21 @@ def test_msls_by_name(tmp_path, capsys):
     assert 'zurich' not in out.split('missing:')[1].split('\n')[1]
 
 
+@pytest.mark.parametrize('album', ['corridor', 'Nordland', 'pitts30k'])
+def test_an_album_called_as_a_benchmark(tmp_path, capsys, album):
+    "Photographs of a holiday in a folder of that name are photographs, whether one asks for it or for the folder above."
+    folder = tmp_path/'photos'/album/'2019'
+    folder.mkdir(parents=True)
+    for i in range(6):
+        exif = Image.Exif(); exif[0x8825] = {1: 'N', 2: (63., 25., i*10.), 3: 'E', 4: (10., 23., 0.)}
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (8, 8, 3)).astype(np.uint8)).save(folder/f'{i}.jpg', exif=exif)
+    for where in (tmp_path/'photos', tmp_path/'photos'/album):
+        code, out = text(where, capsys=capsys)
+        assert code == 0 and 'a map: sage_where' in out and 'was not found' not in out, out
+    (tmp_path/'photos'/album/'2019').rename(tmp_path/'photos'/album/'images')                     # where a benchmark would have them
+    assert 'was not found' in text(tmp_path/'photos', capsys=capsys)[1]
+
+
 def test_a_benchmark_root(tmp_path, capsys):
     write_utm(cards(tmp_path/'a', 'x', split='test'), tmp_path/'data'/'tokyo247')
     code, out = text(tmp_path/'data', capsys=capsys)

@@ -3,6 +3,7 @@ import os, pickle
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from pyproj import Geod
 from scipy.io import savemat
 
@@ -242,3 +243,23 @@ def test_all_frames_on_both_sides():
 def test_json_too_deep_to_read(tmp_path):
     (tmp_path/'positives.json').write_text('['*100_000)
     with pytest.raises(UserError, match='is not json'): read_positives(tmp_path/'positives.json', ['a'], ['b'])
+
+
+def test_positives_of_equal_names(tmp_path):
+    "Image folders that count anew in each folder: a path decides, a name alone is refused."
+    for f in ('database/a', 'database/b', 'queries/x', 'queries/y'):
+        (tmp_path/'s'/f).mkdir(parents=True)
+        for i in range(2): Image.new('RGB', (8, 8), (i, 9, 9)).save(tmp_path/'s'/f/f'{i}.jpg')
+    write = lambda *rows: (tmp_path/'s'/'positives.csv').write_text('query,reference\n' + ''.join(f'{q},{r}\n' for q, r in rows))
+    write(('x/0.jpg', 'b/0.jpg'), ('y/1.jpg', 'a/1.jpg'), ('y/1.jpg', 'b/1.jpg'))
+    e = load_benchmark(folder_protocol(tmp_path/'s'), tmp_path/'s')
+    assert [list(p) for p in e.positives] == [[2], [], [], [1, 3]]
+    write(('x/0.jpg', '0.jpg'))
+    with pytest.raises(UserError, match=r"names '0.jpg', which 2 images are called; write the path below their folder, as a/0.jpg"): load_benchmark(folder_protocol(tmp_path/'s'), tmp_path/'s')
+
+
+def test_two_sets_of_one_name(tmp_path):
+    from sage.sources import evaluation_sets, validation_tables
+    for f in ('a', 'b'): utm_set(tmp_path/f/'town', ['@500000@5000000@17@S@.png', '@500100@5000000@17@S@.png'], ['@500001@5000000@17@S@.png'])
+    for read in (lambda paths: validation_tables(paths, progress=False), lambda paths: evaluation_sets(paths, progress=False)):
+        with pytest.raises(UserError, match="another set is called 'town', too"): read([str(tmp_path/'a'/'town'), str(tmp_path/'b'/'town')])

@@ -431,8 +431,8 @@ def test_weights_that_cannot_be_gone_on_from_are_not_deleted(towns, tmp_path):
     for e in (1, 2): (run.path/'checkpoints'/f'{e:04d}.safetensors').rename(tmp_path/f'{e}.safetensors')
     assert train(settings(), towns, run.path, resume=True).resumable()[-1] == 2 and (run.path/'checkpoints'/'2nd copy.safetensors').read_bytes() == b'mine'
 
-@pytest.mark.parametrize('change, says', [(dict(settings=None), 'holds no settings'), (dict(settings=5), 'its settings is no table'), (dict(settings=dict(speed=1)), 'its settings speed are unknown'), (dict(settings=dict(epochs='x')), 'epochs'),
-    (dict(tables=['a']), 'its tables is no table'), (dict(tables=dict(mined=3)), 'its tables is damaged'), (dict(validation='x'), 'its validation is no list'), (dict(validation=[3]), 'no list of names'), (dict(data=dict(mined=3)), 'its data is damaged'), (dict(model=[]), None)])
+@pytest.mark.parametrize('change, says', [(dict(settings=None), 'holds no settings'), (dict(settings=5), "'settings' is no table"), (dict(settings=dict(speed=1)), 'its settings speed are unknown'), (dict(settings=dict(epochs='x')), 'epochs'),
+    (dict(tables=['a']), "'tables' is no table"), (dict(tables=dict(mined=3)), "'tables' is damaged"), (dict(validation='x'), "'validation' is no list"), (dict(validation=[3]), 'no list of names'), (dict(data=dict(mined=3)), "'data' is damaged"), (dict(model=[]), "'model' is no table"), (dict(tables=None), 'holds no settings'), (dict(tables=0), "'tables' is no table"), (dict(validation=''), "'validation' is no list")])
 def test_a_config_of_another_shape_is_one_sentence(tmp_path, capsys, change, says):
     run = Run.create(tmp_path/'run', dict(settings=dict(), model={}, data={}, validation=[]))
     config = json.loads((run.path/'config.json').read_text()) | change

@@ -131,3 +131,14 @@ def test_fifty_thousand_points_are_placed_and_drawn(run, monkeypatch):
 def test_umap_is_imported_only_to_fit():
     code = "import sys; sys.path.insert(0, '.'); import sage.viz.embedding; assert 'umap' not in sys.modules"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode == 0
+
+
+def test_hundreds_of_conditions_are_not_hundreds_of_traces(run, tmp_path):
+    "Notes of photographs may all differ: the commonest keep a look of their own."
+    from sage.run import Run
+    from sage.viz.embedding import MOST_KINDS, principal_positions
+    table = run.table()
+    many = Run.create(tmp_path/'many', {}, dict(mined=table.assign(condition=[f'note {i if i % 3 else 0}' for i in range(len(table))])))
+    many.write_epoch(0, run.nodes(0), run.edges(0), run.cliques(0), run.descriptors(0))
+    fig = embedding_figure(many, 0, 'condition', positions=principal_positions(many, epoch=0))
+    assert len(fig.data) == MOST_KINDS + 2 and 'others' in fig.data[MOST_KINDS].name and sum(np.isfinite(t.x).sum() for t in fig.data[:-1]) == len(run.nodes(0))

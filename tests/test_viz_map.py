@@ -157,6 +157,22 @@ def test_several_cities(run, tmp_path):
     west, east = (float(v) for v in re.search(r'fitBounds\(\s*\[\[[\d.]+, ([\d.]+)\], \[[\d.]+, ([\d.]+)\]\]', page).groups())
     assert east - west < .01                                                             # opens at one city
 
+def test_one_sheet_is_degrees_or_metres(run, tmp_path):
+    "Where a city's zone is not known, everything on the map is in metres, the batch of another city, too."
+    table = run.table()
+    table.loc[table.index[:50], 'zone'] = ''
+    two = Run.create(tmp_path/'two', {}, dict(mined=table))
+    two.write_epoch(0, run.nodes(0), run.edges(0), run.cliques(0), run.descriptors(0))
+    page = map_html(clique_map(two))
+    at = np.array([f['geometry']['coordinates'] for part in drawn(page) for f in part if f['geometry']['type'] == 'Point'])
+    assert 'L.CRS.Simple' in page and len(at) > 600 and np.abs(at).max() > 50 and np.ptp(at[-8:], axis=0).max() > 5         # members, last, are metres as the ground is
+
+def test_many_photographs_are_thinned_and_that_is_said():
+    m = empty_map()
+    add_ground(m, rows(50_000))
+    dots = drawn(map_html(m))[-1]
+    assert len(dots) == 16_667 and 'photographs: 16,667 of 50,000' in [c.layer_name for c in m._children.values() if hasattr(c, 'layer_name')]
+
 def test_twenty_thousand_points_are_quick():
     many, start = rows(20_000), time.perf_counter()
     m = empty_map()

@@ -368,6 +368,28 @@ def test_a_model_that_gives_nan(town):
     says('NaN', update_map, town, model, SIZE); assert not (town/'.sage'/'index.json').exists()
 
 
+@pytest.mark.parametrize('csv', [False, True], ids=['exif', 'csv'])
+def test_a_file_that_could_not_be_read_is_tried_again(town, model, csv, monkeypatch):
+    "For a reason that lies outside of it: a package that was missing, a permission. One that is no photograph is not opened again."
+    from sage import images, photos
+    if csv: pd.DataFrame(dict(path=[f'{i:02d}.png' for i in range(30)], lat=[55.7 + i//3*1e-3 for i in range(30)], lon=13.19)).to_csv(town/'where.csv', index=False)
+    (town/'05.png').write_bytes(b'no photograph')
+    opened, whole = [], photos.open_image
+    def locked(path):
+        opened.append(os.path.basename(path))
+        if str(path).endswith('03.png') and shut: raise UserError(f'{path}: HEIC needs the package pillow-heif (pip install pillow-heif)')
+        return whole(path)
+    for module in (photos, images): monkeypatch.setattr(module, 'open_image', locked)
+    shut = True
+    m = update_map(town, model, SIZE)
+    assert m.index.ntotal == 28 and 'pillow-heif' in dict(m.left_out)['03.png']
+    state = m.about['index']
+    assert update_map(town, model, SIZE).about['index'] == state                    # still shut: nothing is written
+    shut = False; opened.clear()
+    m = update_map(town, model, SIZE)
+    assert m.index.ntotal == 29 and list(dict(m.left_out)) == ['05.png'] and set(opened) <= {'03.png', '05.png'}
+    assert update_map(town, model, SIZE).about['index'] == m.about['index']
+
 FULL = """
 import resource, sys
 from pathlib import Path
@@ -392,7 +414,7 @@ def test_an_index_that_does_not_fit_on_the_disk(copy):
     done = subprocess.run([sys.executable, '-c', FULL, copy], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': os.pathsep.join([os.path.dirname(__file__), os.environ.get('PYTHONPATH', '')])})
     assert done.returncode == 0, done.stderr
 
-@pytest.mark.parametrize('change', [dict(radius=None), dict(radius='x'), dict(files='../../x.parquet'), dict(index='/etc/passwd'), dict(bytes=['a']), dict(bytes={}), dict(calibration={}), dict(calibration=dict(right=['a'], wrong=[])), dict(calibration=dict(right=3, wrong=[])), dict(size='x'), dict(size=['a', 'b']), dict(dim='x'), dict(root=3), dict(model=None)])
+@pytest.mark.parametrize('change', [dict(radius=None), dict(radius='x'), dict(files='../../x.parquet'), dict(index='/etc/passwd'), dict(bytes=['a']), dict(bytes={}), dict(bytes=None), dict(calibration={}), dict(calibration=dict(right=['a'], wrong=[])), dict(calibration=dict(right=3, wrong=[])), dict(size='x'), dict(size=['a', 'b']), dict(dim='x'), dict(root=3), dict(model=None)])
 def test_an_index_that_says_other_things_is_damaged(copy, model, change):
     about = copy/'.sage'/'index.json'
     about.write_text(json.dumps(json.loads(about.read_text()) | change))

@@ -92,6 +92,15 @@ def test_a_lasso_of_images_of_the_map_rings_them(bench, run):
     finally: bench.state.set(lasso=None)
     until(lambda: page.said.value == '' and 'ringed' not in page.map.title, bench)
 
+def test_a_query_with_few_answers(tmp_path):
+    "A set whose database has three images."
+    from sage.image_tabs import Chosen
+    run = toy_run(tmp_path/'run', epochs=0)
+    a = run.answers(0)['Otherville']
+    few = Run.create(tmp_path/'few', {}, {n: run.table(n) for n in ('mined', 'Otherville')})
+    few.write_epoch(0, run.nodes(0), run.edges(0), run.cliques(0), run.descriptors(0), answers={'Otherville': a._replace(rows=a.rows[:, :3], distances=a.distances[:, :3], right=a.right[:, :3])})
+    assert len(Chosen(few, 0, 'Otherville', int(a.queries[0])).others()) == 3
+
 def test_the_map_offers_other_batches(bench, run):
     page = opened(bench, 1)
     try:

@@ -187,7 +187,7 @@ def _frame_of(
         if dark and i//2 == 1: look = look | dict(color=COLORS['sky'])                  # the blue of new edges drowns in a dark page
         style = dict(mode='lines', line=dict(look, width=(.9, 1.9)[i % 2]), opacity=(.45, .7, .75, .95, .75, .95)[i], hoverinfo='skip', legendgroup=str(i//2), showlegend=bool(i % 2))
         out.append(go.Scattergl(**trace, **style))
-    for trace, name in zip(view.traces[6:8], ('nobody within 25 m', 'place')):
+    for trace, name in zip(view.traces[6:8], ('nobody within τ₁', 'place')):
         hover = '%{text}<br>' + ('seed score %{marker.color:.1f} m' if name == 'place' else name) + '<extra></extra>'
         out.append(go.Scattergl(trace, mode='markers', name=name, hovertemplate=hover, showlegend=name != 'place'))
     out[6].marker.update(color=COLORS['grey'], symbol='circle-open' if few else 'circle', line_width=1.2*few, opacity=1 if few else .5)
@@ -303,7 +303,7 @@ def node_card(
 ) -> str:               # HTML
     "A place's picture, name, score and position. Raises `UserError` for a node that is not there."
     row = node_row(nodes, node)
-    score = f'seed score {row.seed_score:.2f} m' if np.isfinite(row.seed_score) else 'nobody within 25 m'
+    score = f'seed score {row.seed_score:.2f} m' if np.isfinite(row.seed_score) else 'nobody within τ₁'
     return (f'<figure style="margin:0;font:13px system-ui;color:#7F7F7F"><img src="{thumbnail(row.image, size)}" style="max-width:100%;border-radius:4px" alt=""><figcaption><b>{place_label(row)}</b><br>{score}<br>'
             f'{row.easting:.0f} m E, {row.northing:.0f} m N</figcaption></figure>')
 

@@ -146,7 +146,7 @@ def _clique(run, epoch):
     "A clique as the sampler saw it: by descriptors of images, where it had them and the epoch's weights are kept."
     cliques, described = run.cliques(epoch), None
     mine = cliques[(cliques.batch == 0) & (cliques.slot == 0)].sort_values('rank')
-    if len(mine) and (run.config.get('settings') or {}).get('node_features') == 'image' and epoch in run.checkpoints():
+    if len(mine) and run.setting('node_features', '') == 'image' and epoch in run.checkpoints():
         described = descriptors_of(run, run.table().image.iloc[spot_images(run, mine)].tolist(), epoch)
     return drawn_clique_figure(run, epoch, described=described)
 

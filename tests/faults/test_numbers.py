@@ -37,7 +37,7 @@ def test_a_loss_that_is_no_number_can_be_had_again(towns, tmp_path, capsys):
     said = stops(settings(lr=1e25, lr_end=1.), towns, tmp_path/'run')
     assert said.startswith('step ') and 'the loss is nan' in said and '--again' in said
     failed = json.loads((tmp_path/'run'/'failed.json').read_text())
-    loss, batch = again(Run(tmp_path/'run'))
+    loss, gradients, batch = again(Run(tmp_path/'run'))
     assert np.isnan(loss) and len(batch) == 12 and not batch.finite.all()
     assert batch.image.tolist() == towns[0].image[np.ravel(failed['rows']['mined'])].tolist()
     cli.sage_train(['--run', str(tmp_path/'run'), '--again'])
@@ -54,12 +54,12 @@ def test_a_gradient_that_is_no_number_is_not_taken(towns, tmp_path, monkeypatch)
         return loss*1e38*1e38 if self.step == 2 else loss                     # as a number too large for float32 somewhere on its way back
     monkeypatch.setattr(SageModule, 'training_step', spoilt)
     said = stops(settings(), towns, tmp_path/'run')
-    assert said.startswith('step 3: the gradient is no number, though the loss is') and '--again' in said
+    assert said.startswith('step 3: the gradient of ') and ' is no number, though the loss is' in said and '--again' in said
     failed = json.loads((tmp_path/'run'/'failed.json').read_text())
     weights = read_checked(tmp_path/'run'/'failed.safetensors')[0]
     assert failed['step'] == 3 and all(torch.isfinite(t).all() for t in weights.values())
-    loss, batch = again(Run(tmp_path/'run'))
-    assert np.isfinite(loss) and batch.finite.all() and Run(tmp_path/'run').resumable() == [0]
+    loss, gradients, batch = again(Run(tmp_path/'run'))
+    assert np.isfinite(loss) and batch.finite.all() and said.split('of ')[1].split(' is')[0] == gradients[0] and Run(tmp_path/'run').resumable() == [0]
 
 
 def test_weights_that_are_no_numbers_are_not_kept(towns, tmp_path, monkeypatch):
@@ -71,7 +71,7 @@ def test_weights_that_are_no_numbers_are_not_kept(towns, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(EpochGraph, 'on_train_epoch_end', spoil)
         said = stops(settings(), towns, tmp_path/'run')
-    assert 'are no numbers any more; they are not kept' in said
+    assert 'are no numbers any more, and are not kept' in said
     run = Run(tmp_path/'run')
     assert run.resumable() == [0, 1] and list(run.checkpoints()) == [0, 1]
     s = settings()
@@ -107,7 +107,7 @@ def test_the_repeated_batch_is_the_same_to_the_bit(towns, tmp_path, monkeypatch)
     monkeypatch.setattr(SageModule, 'training_step', fails)
     said = stops(settings(), towns, tmp_path/'run')
     monkeypatch.setattr(SageModule, 'training_step', lambda self, batch, index: (seen.append(batch[0].clone()), step(self, batch, index))[1])
-    loss, batch = again(Run(tmp_path/'run'))
+    loss, gradients, batch = again(Run(tmp_path/'run'))
     assert said == f'step 5: {loss!r}' and batch.finite.all() and torch.equal(seen[-2], seen[-1])
 
 

@@ -1,6 +1,6 @@
 """A tiny training on the embedded world in processes that can be killed, and what must hold of its folder at every moment: shared by the fault tests and `make torture`."""
 import ctypes, json, multiprocessing, os, signal, struct, subprocess, sys, traceback
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -17,6 +17,7 @@ from sage.settings import Settings, make_model
 from sage.sources import world
 from sage.command import command
 from sage.learner import SageModule
+import sage.train as train_module
 from sage.train import EpochGraph, fit
 
 torch.set_num_threads(1)
@@ -121,12 +122,16 @@ def tell_phase(folder):
             finally: inside.pop(); write()
         return f
     for name, (owner, method) in PHASES.items(): setattr(owner, method, told(name, getattr(owner, method)))
-    write()
+    listen = train_module.stop_on_signals
+    @contextmanager
+    def listening(stop):
+        with listen(stop) as came: write(); yield came                          # from here on a signal ends the training cleanly
+    train_module.stop_on_signals = listening
 
 
 def phase(folder):
     "What a process that has ended was doing."
-    with suppress(FileNotFoundError): return phase_file(folder).read_text().strip() or 'other'
+    with suppress(FileNotFoundError): return phase_file(folder).read_text().strip() or 'beginning'
     return 'beginning'
 
 
