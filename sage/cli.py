@@ -181,6 +181,8 @@ def sage_eval(argv):
     for flag, rule in (('frames', 'frames'), ('radius', 'radius')):
         if getattr(args, flag) is not None and all(p.rule != rule for p, _ in sets): raise UserError(f'--{flag}: a positive of {sets[0][0].title} lies {sets[0][0].positive}; leave it out')
     if args.audit and model.interact is None: raise UserError('this model has no InteractHead: there is nothing to audit')
+    small = next((p for p, e in sets if args.search == 'ivfpq' and len(e.database) < 256), None)
+    if small: raise UserError(f'--search ivfpq learns 256 prototypes, and the database of {small.title} has fewer images; search exactly')
     device = pick_device(args.device)
     model.to(device).eval()
     how = dict(size=args.size or eval_side(trained, args.backbone), progress=not args.quiet, workers=args.workers)
@@ -190,8 +192,8 @@ def sage_eval(argv):
         for r in found: print(r)
         for line in published_lines(protocol): print(f'  {line}')
         rows += [r.to_row() for r in found]
+        if args.out: write_csv(pd.DataFrame(rows), Path(args.out)/'results.csv')               # after each set: a later one that fails loses nothing
         if args.audit: show_audit(model, protocol, e, how, args.out)
-    if args.out: write_csv(pd.DataFrame(rows), Path(args.out)/'results.csv')
 
 # %% ../nbs/70_cli.ipynb #4468a2bd
 def measure(model, name, protocol, e, args, precision, how): # results of one set

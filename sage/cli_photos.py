@@ -165,7 +165,7 @@ def where_page(
     for i, a in enumerate(asked): answer_layer(m, a, center, degrees, i == 0, pixels).add_to(page)
     folium.LayerControl(collapsed=len(asked) > 12).add_to(page)
     fit(page, map_coordinates(asked[0].answers if asked and len(asked[0].answers) else photos, center, degrees)[0])
-    pictures = ''.join(f'<div style="margin:4px 0"><img src="{thumbnail(a.path, pixels)}" alt=""><br><b>{escape(Path(a.path).name)}</b>: {escape(a.verdict)}</div>' for a in asked[:4])
+    pictures = ''.join(f'<div style="margin:4px 0"><img src="{thumbnail(a.path, pixels)}" alt=""><br><b>{escape(Path(a.path).name)}</b>: {escape(a.verdict)}</div>' for a in asked[:4]) + (f'and {len(asked) - 4:,} more photographs, in the list of layers<br>' if len(asked) > 4 else '')
     ring = '<span style="color:%s">◯</span> the photograph\'s own GPS<br>' % COLORS['green'] if any(a.own for a in asked) else ''
     add_note(page, f'{pictures}Numbers: the most similar places. Grey: photographs of the map.<br>{ring}<small>described by {escape(name)}</small>')
     return map_html(page)

@@ -67,6 +67,7 @@ class AttentionPage(Page):
     def draw(self):
         s, mine = self.state, self.chosen()
         recorded = self.recorded()
+        if (s.image or s.node is not None) and s.epoch not in self.run.checkpoints(): self.say(f'the weights of epoch {s.epoch} are not in the run folder, so what is chosen elsewhere cannot be looked at; recorded images are shown')
         rows = [((self.run.config.get('validation') or [''])[0], int(r)) for r in attended(self.run, s.epoch)[1].get('rows', ())] if recorded else []
         options = recorded + [(f'chosen {dict(image="image", node="place")[k]}: {it.label}', k) for k, it in mine.items()]
         old, self.known = self.known, (s.image, s.node)

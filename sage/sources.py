@@ -154,6 +154,7 @@ def training_and_validation(
     paths = list(val) or [p for p in data if p == 'world' or detect_format(p) == 'msls']
     if paths: return train, validation_tables(paths, scan, progress, max_bad)
     train['mined'], held = hold_out(train['mined'])
+    if not len(train['mined']): raise UserError(f'{data[0]}: every image lies within 25 m of what is held out to validate on, so nothing is left to train; give --val a set of its own, or images of more places')
     return train, {'held out': held}
 
 # %% ../nbs/45_sources.ipynb #e559c986

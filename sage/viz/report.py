@@ -85,7 +85,9 @@ def faces_html(
         if len(table) > most or 'image' not in table: continue
         pictures = [thumbnail(i, size) for i in table.image]
         if (needs := len(json.dumps(pictures))) < room: faces[name], room, most = pictures, room - needs, most - len(table)
-    return f'<script type="application/json" id="faces">{json.dumps(faces).replace("<", chr(92) + "u003c")}</script>'
+    left = [escape(name) for name in tables if name not in faces]
+    said = f'<p class="absent">There is no room for a small picture at the mouse of {", ".join(left)}; the workbench shows them.</p>' if left else ''
+    return f'{said}<script type="application/json" id="faces">{json.dumps(faces).replace("<", chr(92) + "u003c")}</script>'
 
 SCRIPT = """
 const faces = JSON.parse((document.getElementById('faces') || {textContent: '{}'}).textContent), face = document.createElement('img');
