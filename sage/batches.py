@@ -331,9 +331,10 @@ def _member_table(features, geo, number, batch, rows, ptr):
         among[s] = W[np.ix_(at, at)]
     flat = batch.ravel()
     chosen_from = as_objects([rows[ptr[s]:ptr[s+1]] if t == 0 else rows[:0] for s in range(P) for t in range(k)])                # said once, by the anchor
-    return dict(candidates=chosen_from, batch=np.full(P*k, number), slot=np.repeat(np.arange(P), k), place=geo.places.place.to_numpy()[geo.codes[flat]], image=geo.table.image.to_numpy()[flat],
+    table = dict(batch=np.full(P*k, number), slot=np.repeat(np.arange(P), k), place=geo.places.place.to_numpy()[geo.codes[flat]], image=geo.table.image.to_numpy()[flat],
                 rank=np.tile(np.arange(k), P), mean_affinity=value.ravel(), city=geo.places.city.to_numpy(dtype=object)[geo.codes[flat]], node=geo.codes[flat], row=flat,
                 clique_size=np.repeat(np.diff(ptr[:P+1]), k), affinities=as_objects(among.reshape(P*k, k)))
+    return table | dict(candidates=chosen_from)
 
 def as_objects(rows):
     "An array of arrays, for a column of lists."
