@@ -141,7 +141,7 @@ if __name__ == '__main__':
     parser = arguments(__doc__)
     parser.add_argument('--backbone', default='vit_base_patch14_dinov2.lvd142m')
     parser.add_argument('--images', type=int, default=8, help='a batch')
-    parser.add_argument('--turns', type=int, default=3)
+    parser.add_argument('--turns', type=int, default=2)
     parser.add_argument('--sides', type=int, nargs='+', default=[224, 322])
     parser.add_argument('--only', default='describe,rebuild,loader,decoding')
     parser.add_argument('--bf16', action=argparse.BooleanOptionalAction, default=torch.cpu._is_avx512_bf16_supported(), help='measure bfloat16, too (default: where the processor has it)')
