@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from .core import UserError, atomic
 from .run import Run, plain, write_json
 from .settings import Settings, make_model
-from .train import check_sources, fingerprint, fit
+from .resume import fingerprint
+from .train import check_sources, fit
 
 # %% ../nbs/44_ablation.ipynb #a7e271f6
 POOLINGS = {'CFP': 0., 'SoftP': .5} # pooling → bound α of the soft weights

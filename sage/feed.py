@@ -32,6 +32,8 @@ class Views(Dataset):
 
     def __len__(self): return len(self.paths)
 
+    def __getstate__(self): return {**self.__dict__, 'kept': None}       # a worker that decodes needs the images only
+
     def __getitem__(self,
         key, # row, or (row, *names of the draw)
     ) -> torch.Tensor:
@@ -181,7 +183,7 @@ class Steps:
     def __init__(self,
         steps:int, # in an epoch
         of=(0, 1), # (rank, size): the share of each batch's places that a device takes
-    ): self.steps, self.of, self.epoch, self.batches = steps, of, 0, []
+    ): self.steps, self.of, self.epoch, self.batches, self.start = steps, of, 0, [], 0
 
     def fill(self,
         epoch:int,     # number of the coming epoch, from 1
@@ -190,12 +192,12 @@ class Steps:
         "Set what the next pass yields. Raises UserError when a source has too few batches."
         for b in batches:
             if len(b) != self.steps: raise UserError(f'{len(b)} batches for an epoch of {self.steps} steps')
-        self.epoch, self.batches = epoch, batches
+        self.epoch, self.batches, self.start = epoch, batches, 0          # `start`: steps that are done already
 
     def __len__(self): return self.steps
 
     def __iter__(self):
-        for step in range(self.steps):
+        for step in range(self.start, self.steps):
             yield [(source, slot, int(row), 'augment', self.epoch, step)
                    for source, b in enumerate(self.batches) for slot, rows in list(enumerate(b[step]))[share(len(b[step]), 1, *self.of)] for row in rows]
 

@@ -9,7 +9,7 @@ __all__ = ['HUB', 'SIZED_BY', 'HEAD_BY', 'DINOV2', 'FORMAT', 'CARD', 'Maps', 'ev
            'trained_on_world', 'raw_descriptors']
 
 # %% ../nbs/14_model.ipynb #b00ee312
-import hashlib, json
+import hashlib, json, os, re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -329,6 +329,11 @@ def _sum_of(tensors, header):
         digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
+def _disk_error(error):
+    "What safetensors tells of a disk as text, as Python tells it."
+    number = re.search(r'os error (\d+)', str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
+
 def write_checked(
     path:str|Path, # *.safetensors
     tensors:dict, # name → tensor
@@ -338,7 +343,7 @@ def write_checked(
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     with atomic(path) as part:
         try: save_file(tensors, str(part), metadata=header | dict(sha256=_sum_of(tensors, header)))
-        except safetensors.SafetensorError as e: raise OSError(str(e)) from e
+        except safetensors.SafetensorError as e: raise _disk_error(e) from e
 
 def read_checked(
     path:str|Path, # *.safetensors

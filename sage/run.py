@@ -6,7 +6,7 @@
 __all__ = ['LEFTOVER', 'FILES', 'SHAPES', 'KINDS', 'remove', 'sweep', 'epoch_name', 'plain', 'naming', 'append_line',
            'whole_bytes', 'read_lines', 'Run', 'write_json', 'check_config', 'whole_rows', 'epoch_file', 'damage',
            'read_table', 'read_array', 'Answers', 'reduce_descriptors', 'answers_of', 'answer_arrays',
-           'checkpoint_paths', 'Stopped', 'started', 'alone', 'holder']
+           'checkpoint_paths', 'pause_path', 'Stopped', 'started', 'alone', 'holder']
 
 # %% ../nbs/30_run.ipynb #9128c816
 import fcntl, json, os, platform, re, shutil, struct, time, tokenize, zipfile, zlib
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .core import UserError, MissingPath, atomic, stream
 
 # %% ../nbs/30_run.ipynb #73d7f3de
-LEFTOVER = r'\.(config|metrics|failed|report|\d+(\.resume)?)-[0-9a-f]{8}'    # names of writes that were interrupted
+LEFTOVER = r'\.(config|metrics|failed|report|\d+(\.resume|\.pause)?)-[0-9a-f]{8}'    # names of writes that were interrupted
 FILES = ('nodes', 'edges', 'cliques')                       # the tables of an epoch, each a parquet file
 
 def remove(
@@ -380,6 +380,13 @@ def checkpoint_paths(
     stem = run.path/'checkpoints'/epoch_name(epoch)
     return stem.with_suffix('.safetensors'), stem.with_suffix('.resume.safetensors')
 
+def pause_path(
+    run:Run,   # the run
+    epoch:int, # finished epochs
+) -> Path:     # existing or not
+    "Where a training that was stopped within the next epoch keeps its state, weights and all."
+    return run.path/'checkpoints'/f'{epoch_name(epoch)}.pause.safetensors'
+
 @patch
 def checkpoints(self:Run) -> dict: # epoch → path of the trained weights, ascending
     "The checkpoints there are."
@@ -410,18 +417,19 @@ class Stopped(Exception):
 
 @patch
 def truncate(self:Run,
-    epoch:int, # the last epoch to keep
+    epoch:int,  # the last epoch to keep
+    step:int=0, # the last step of the epoch after it whose row to keep
 ):
     "Drop metrics, records and checkpoints later than `epoch`, its record where the metrics have no row of it, and temporary leftovers."
     log = self.path/'metrics.jsonl'
-    rows = [r for r in whole_rows(self) if r.get('epoch', 0) <= epoch]
+    rows = [r for r in whole_rows(self) if r.get('epoch', 0) <= epoch or r.get('kind') == 'step' and r['epoch'] == epoch + 1 and r.get('step', step + 1) <= step]
     if log.exists():
         with atomic(log) as part: part.write_text(''.join(json.dumps(r) + '\n' for r in rows))
     logged = {r.get('epoch') for r in rows if r.get('kind', 'epoch') == 'epoch'}
     for e in self.epochs():
         if e >= epoch and e not in logged: remove(self.path/'epochs'/epoch_name(e))
     for p in (self.path/'checkpoints').glob('*.safetensors'):
-        if (m := re.fullmatch(r'(\d+)(\.resume)?\.safetensors', p.name)) and int(m[1]) > epoch: remove(p)
+        if (m := re.fullmatch(r'(\d+)(\.resume|\.pause)?\.safetensors', p.name)) and int(m[1]) > epoch: remove(p)
     sweep(self.path)
 
 @patch

@@ -110,6 +110,15 @@ def test_descriptors_of_images_and_places():
         bad = own.copy(); bad[3] = np.nan; bad[row, 1] = np.nan
         with pytest.raises(UserError, match=f'image {row} is partly'): b.Features(geo, F, bad)
 
+def test_no_image_is_left_out_of_the_look_for_broken_ones():
+    "They are looked through in pieces of 4,096."
+    n = 8200
+    geo = GeoSide(make_table(image=[f'{i}.jpg' for i in range(n)], city='a', place=np.arange(n), easting=5e5 + 100.*np.arange(n), northing=4e6, zone='33N'))
+    own = np.ones((n, 2), np.float32)
+    for row in (4095, 4096, 4097, 8192, 8199):
+        bad = own.copy(); bad[row, 1] = np.nan
+        with pytest.raises(UserError, match=f'image {row} is partly'): b.Features(geo, own, bad)
+
 def test_affinities_within_a_clique():
     "Two images at one descriptor, one edge exactly at the cut."
     xy, F = np.array([[9., 9], [0, 0], [3, 4], [0, 12], [0, 0]]), np.array([[0, 0], [0, 1], [9, 9], [0, 3]], np.float32)

@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file
 from sage.core import UserError
 from sage.formats import write_gsv, write_utm
-from sage.run import Run, checkpoint_paths
+from sage.run import Run, checkpoint_paths, pause_path
 from sage.settings import Settings
 from test_cli import cards
 from test_train import settings, towns, train
@@ -119,13 +119,21 @@ def test_mistakes_are_told_once(data, tmp_path):
         assert not (tmp_path/'run').exists()
 
 def test_stopped_by_a_signal(data, tmp_path):
-    p = subprocess.Popen(command(data, tmp_path/'run', '--devices', '2', '--steps', '5000'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    log = tmp_path/'run'/'metrics.jsonl'
-    while p.poll() is None and (not log.exists() or log.read_text().count('"step"') < 3): time.sleep(.2)
+    "All end after the same step, and one device goes on from there."
+    folder, how = tmp_path/'run', ('--steps', '30', '--epochs', '1')
+    p = subprocess.Popen(command(data, folder, '--devices', '2', *how), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    log = folder/'metrics.jsonl'
+    while p.poll() is None and (not log.exists() or log.read_text().count('"step"') < 3): time.sleep(.05)
     p.send_signal(signal.SIGTERM)
     _, err = p.communicate(timeout=90)
     assert p.returncode == 143 and 'Traceback' not in err, err
-    assert Run(tmp_path/'run').resumable() == [0]
+    run = Run(folder)
+    assert run.resumable() == [0] and pause_path(run, 0).exists()
+    made = len(run.metrics('step'))
+    assert 3 <= made < 30
+    assert sage_train(data, folder, '--resume', '--chunk', '6', *how).returncode == 0
+    assert list(run.metrics('step').step) == [*range(1, 31)] and run.resumable() == [0, 1] and not pause_path(run, 0).exists()
+    assert run.metrics().images[1] == 30 * 12
 
 def describe(*args, **how):
     return subprocess.run([sys.executable, '-m', 'sage.cli', 'describe', *map(str, args), '--size', '56', '--quiet', '--device', 'cpu'], capture_output=True, text=True, timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **how)

@@ -12,9 +12,10 @@ from sage.feed import Steps, Validation, Views, embed, one_image_each, prefix_ca
 from sage.learner import SageModule
 from sage.places import make_table
 from sage.prefix import PrefixCache
-from sage.run import Run, checkpoint_paths
+from sage.run import Run, checkpoint_paths, pause_path
 from sage.settings import Settings, make_model
-from sage.train import Stopped, beside, fit, last_whole
+from sage.resume import last_whole
+from sage.train import Stopped, beside, fit
 
 def toy_table(root, places=24, views=6, side=56, seed=0):
     "A place is a coloured pattern; its views are shifted and shaded. 60 m between places, 8 m within."
@@ -124,6 +125,58 @@ def test_stopped_and_resumed(whole, towns, tmp_path, part):
     moment = int((part + .5) / 6 * getattr(test_stopped_and_resumed, 'total', 120))
     with pytest.raises(Stopped): train(settings(), towns, tmp_path/'run', labelled=True, stop=After(moment))
     assert_same(whole, train(settings(), towns, tmp_path/'run', labelled=True, resume=True))
+
+class AtStep(threading.Event):
+    "Set once a run has logged a step."
+    def __init__(self, run, step): super().__init__(); self.log, self.step = Path(run)/'metrics.jsonl', step
+    def is_set(self): return self.log.exists() and f'"step": {self.step},' in self.log.read_text()
+
+def steps_of(train, monkeypatch): # the steps that a training makes, by number
+    made, step = [], SageModule.training_step
+    with monkeypatch.context() as m:
+        m.setattr(SageModule, 'training_step', lambda self, *a: (made.append(self.step + 1), step(self, *a))[1])
+        return train(), made
+
+@pytest.mark.parametrize('step', [1, 2, 5])
+def test_a_stopped_epoch_goes_on_with_its_next_step(whole, towns, tmp_path, step, monkeypatch):
+    "Stopped within an epoch, no step is made twice; stopped or killed again before that epoch ends, too; nothing of it is left at the end."
+    run = tmp_path/'run'
+    go = lambda **how: train(settings(), towns, run, labelled=True, **how)
+    with pytest.raises(Stopped, match=f'after step {step}$'): go(stop=AtStep(run, step))
+    kept = pause_path(Run(run), (step - 1) // 3)
+    assert kept.exists() and list(Run(run).metrics('step').step) == [*range(1, step + 1)]
+    with pytest.raises(Stopped, match='while'): go(resume=True, stop=After(1))                        # before it has gone on
+    assert kept.exists() and list(Run(run).metrics('step').step) == [*range(1, step + 1)]
+    done, made = steps_of(lambda: go(resume=True), monkeypatch)
+    assert made == [*range(step + 1, 7)]
+    assert_same(whole, done)
+    assert {p.name for p in (run/'checkpoints').iterdir()} == {p.name for p in (whole.path/'checkpoints').iterdir()}
+    rate = done.metrics().train_s[step // 3 + 1]
+    assert rate > 0 and rate < 100
+
+def test_killed_after_going_on_from_a_stopped_epoch(whole, towns, tmp_path, monkeypatch):
+    "What was logged after the state that is kept is made again."
+    run = tmp_path/'run'
+    go = lambda **how: train(settings(), towns, run, labelled=True, **how)
+    with pytest.raises(Stopped): go(stop=AtStep(run, 4))
+    with monkeypatch.context() as m:
+        m.setattr('sage.train.EpochGraph.pause', lambda *a: None)                                     # as SIGKILL
+        with pytest.raises(Stopped): go(resume=True, stop=AtStep(run, 5))
+    done, made = steps_of(lambda: go(resume=True), monkeypatch)
+    assert made == [5, 6]
+    assert_same(whole, done)
+
+@pytest.mark.parametrize('harm', ['cut', 'step'])
+def test_a_damaged_pause_is_said_and_its_epoch_begins_anew(whole, towns, tmp_path, harm, monkeypatch, capfd):
+    run = tmp_path/'run'
+    go = lambda **how: train(settings(), towns, run, labelled=True, **how)
+    with pytest.raises(Stopped): go(stop=AtStep(run, 5))
+    kept = pause_path(Run(run), 1)
+    if harm == 'cut': kept.write_bytes(kept.read_bytes()[:-7])
+    else: kept.write_bytes(checkpoint_paths(whole, 2)[1].read_bytes())                                # a state of another moment
+    done, made = steps_of(lambda: go(resume=True), monkeypatch)
+    assert made == [4, 5, 6] and f'{kept}: damaged' in capfd.readouterr().err
+    assert_same(whole, done)
 
 @pytest.mark.parametrize('strategy,record', [('random', True), ('random', False), ('static', True), ('ogc', False), ('gws', False), ('diverse', True)])
 def test_strategies_resume(towns, tmp_path, strategy, record):
@@ -326,6 +379,7 @@ def test_signals_end_cleanly(whole, towns, tmp_path, signum):
     out, err = p.communicate(timeout=120)
     assert p.returncode == 128 + signum and 'stopped' in out and 'Traceback' not in err, err
     assert Run(run).resumable()[-1] >= 1
+    assert pause_path(Run(run), 1).exists() == ('after step' in out and not out.strip().endswith(('3', '6')))
     assert_same(whole, train(settings(), towns, run, labelled=True, resume=True))
 
 def test_killed_in_another_process(whole, towns, tmp_path):

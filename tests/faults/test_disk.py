@@ -11,7 +11,7 @@ sys.path.insert(0, os.path.dirname(__file__))
 import victim
 from sage.core import UserError
 from sage.run import Run, checkpoint_paths
-from sage.train import last_whole
+from sage.resume import last_whole
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork') or sys.platform != 'linux', reason='needs fork and Linux')
 

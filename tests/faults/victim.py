@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np, torch
 from sage.model import read_checked
 from sage.places import place_rows
-from sage.run import Run, checkpoint_paths
+from sage.run import Run, checkpoint_paths, pause_path
 from sage.settings import Settings, make_model
 from sage.sources import world
 from sage.command import command
@@ -190,6 +190,7 @@ def readable(folder):
         run.edges(e)
     for e in run.checkpoints(): read_checked(checkpoint_paths(run, e)[0])
     for e in run.resumable(): read_checked(checkpoint_paths(run, e)[1])
+    for e in run.resumable(): pause_path(run, e).exists() and read_checked(pause_path(run, e))
 
 
 def bits(folder):
@@ -207,5 +208,5 @@ def bits(folder):
 def differences(folder, want):
     "What is not as in the unbroken run, by name; and files that should not be there."
     have = bits(folder)
-    left = [str(p.relative_to(folder)) for p in Path(folder).rglob('*') if p.name.startswith('.') or p.name in ('lock.json', 'failed.json')]
+    left = [str(p.relative_to(folder)) for p in Path(folder).rglob('*') if p.name.startswith('.') or '.pause' in p.name or p.name in ('lock.json', 'failed.json')]
     return sorted(k for k in {*have, *want} if have.get(k) != want.get(k)) + left
