@@ -468,7 +468,7 @@ def _save_pretrained(self:SAGE, save_directory):
     with atomic(Path(save_directory)/'config.json') as part: part.write_text(json.dumps({k: header[k] for k in ('format', 'model', 'pca') if k in header}, indent=1) + '\n')
 
 @patch(cls_method=True)
-def _from_pretrained(cls:SAGE, *, model_id, revision=None, cache_dir=None, force_download=False, local_files_only=False, token=None, config=None, map_location='cpu'):
+def _from_pretrained(cls:SAGE, *, model_id, revision=None, cache_dir=None, force_download=False, local_files_only=False, token=None, config=None, map_location='cpu', **older): # `older`: what huggingface_hub passes on before 1.0
     "From a folder, or from the hub by name; the file says what the model is."
     how = dict(revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token)
     path = Path(model_id)/'model.safetensors' if Path(model_id).is_dir() else hf_hub_download(model_id, 'model.safetensors', **how)

@@ -247,7 +247,7 @@ def read_mat(
     "Pittsburgh's `dbStruct`: dbImage, utmDb [2, N], qImage, utmQ [2, Q]. `UserError` for another file."
     try: struct = loadmat(path, simplify_cells=True, variable_names=['dbStruct']).get('dbStruct')
     except NotImplementedError: raise UserError(f"{path} is a MATLAB file of version 7.3; save it again in MATLAB with save(…, '-v7')") from None
-    except (MatReadError, ValueError, TypeError, OSError) as e: raise UserError(f'{path} is not a MATLAB file this can read: {e}') from e
+    except (MatReadError, ValueError, TypeError, IndexError, OSError) as e: raise UserError(f'{path} is not a MATLAB file this can read: {e}') from e
     missing = [k for k in ('dbImage', 'utmDb', 'qImage', 'utmQ') if not isinstance(struct, dict) or k not in struct]
     if missing: raise UserError(f"{path} has no dbStruct.{missing[0]}; a Pittsburgh dbStruct holds dbImage, utmDb, qImage and utmQ")
     real = root/'queries_real'

@@ -78,7 +78,7 @@ def street_lines(
 ) -> np.ndarray: # pairs of numbers [E, 2]
     "The minimum spanning tree of positions, cut at `reach`."
     near = radius_neighbors(xy, reach)
-    tree = minimum_spanning_tree(csr_array((near.distances + 1e-3, near.indices, near.indptr), shape=(len(xy), len(xy)))).tocoo()   # a distance of 0 would be no edge
+    tree = minimum_spanning_tree(csr_array((near.distances + 1e-3, near.indices.astype(np.int32), near.indptr.astype(np.int32)), shape=(len(xy), len(xy)))).tocoo()   # a distance of 0 would be no edge
     return np.stack([tree.row, tree.col], 1)
 
 def city_streets(

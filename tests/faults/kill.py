@@ -36,6 +36,7 @@ def kill_once(folder, streets, g, seconds, touches, signum):
 def torture(kills, seed, root, say=print, signals=(signal.SIGKILL,)):
     "(survived, tried, what was being done): a kill is survived when what it left can be read, and the training it belongs to ends as if nothing had been."
     g, streets = random.Random(seed), tables()
+    unbroken(root/'first', streets)                                                # makes machine code, which takes longer than all the rest
     want, seconds, touches = unbroken(root/'unbroken', streets)
     say(f'an unbroken training takes {seconds:.1f} s and touches the disk {touches} times')
     survived = tried = number = 0
