@@ -1,8 +1,9 @@
 "Several processes train as one: same loss, same gradients, same batches; one run folder; failures and signals end all of them."
-import json, os, signal, socket, subprocess, sys, time
+import os, signal, socket, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file
+from sage import cli
 from sage.core import UserError
 from sage.formats import write_gsv, write_utm
 from sage.run import Run, checkpoint_paths, pause_path
@@ -60,7 +61,8 @@ def data(tmp_path_factory):
     write_utm(cards(root/'b', 'bestadt', seed=1).assign(split='test'), root/'other')
     return root
 
-FLAGS = ('--backbone sage_nano --image-size 56 --eval-size 56 --places-per-batch 4 --images-per-place 3 --min-size 3 --steps 3 --epochs 2 --log-every 1 --embed-batch 8 --lr 1e-3 '
+STEPS = 8
+FLAGS = ('--backbone sage_nano --image-size 56 --eval-size 56 --places-per-batch 4 --images-per-place 3 --min-size 3 --steps 8 --epochs 2 --log-every 1 --embed-batch 8 --lr 1e-3 '
          '--precision 32 --device cpu --probes 8 --probe-dim 16 --token-dim 32 --node-features image --no-scan --quiet').split()
 
 def command(data, folder, *more): return [sys.executable, '-m', 'sage.cli', 'train', '--data', str(data/'gsv'), '--val', str(data/'other'), '--run', str(folder), *FLAGS, *more]
@@ -68,25 +70,32 @@ def command(data, folder, *more): return [sys.executable, '-m', 'sage.cli', 'tra
 def sage_train(data, folder, *more):
     return subprocess.run(command(data, folder, *more), capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
-def test_two_devices_train_as_one(data, tmp_path):
-    "The whole command: same batches, same graph, same curve; a resumed half goes on."
-    done = [sage_train(data, tmp_path/name, *more) for name, more in (('one', ('--chunk', '6')), ('two', ('--devices', '2')), ('half', ('--devices', '2', '--epochs', '1')))]
-    for d in done: assert d.returncode == 0, d.stderr
-    assert done[1].stdout.count('run folder') == 1 and 'Traceback' not in done[1].stderr
-    more = sage_train(data, tmp_path/'half', '--resume', '--epochs', '2')
-    assert more.returncode == 0, more.stderr
-    one, *others = (Run(tmp_path/n) for n in ('one', 'two', 'half'))
-    for run in others:
-        for kind in ('epoch', 'step'):
-            a, b = one.metrics(kind), run.metrics(kind)
-            assert list(a.epoch) == list(b.epoch)
-            for c in ('loss', 'mined_pairs', 'hardest_positive', 'hardest_negative', 'images', *(c for c in a if '@' in c)): np.testing.assert_allclose(a[c].astype(float), b[c].astype(float), rtol=2e-3, err_msg=c)
-        np.testing.assert_allclose(one.metrics('step').loss[:1], run.metrics('step').loss[:1], rtol=1e-5)
-        assert (one.cliques(0).row == run.cliques(0).row).all()
-        assert np.array_equal(one.descriptors(0), run.descriptors(0)), 'each device embeds whole batches'
-        a, b = (load_file(checkpoint_paths(r, 2)[0]) for r in (one, run))
-        for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-2, atol=1e-3)
-    assert {p.name for p in others[0].path.iterdir()} == {p.name for p in one.path.iterdir()}
+@pytest.fixture(scope='module')
+def one(data, tmp_path_factory):
+    "The run of one device that takes its batches in two pieces: what several devices compute, too."
+    folder = tmp_path_factory.mktemp('one')/'run'
+    done = sage_train(data, folder, '--chunk', '6')
+    assert done.returncode == 0, done.stderr
+    return Run(folder)
+
+def assert_like(run, one):
+    "Same batches, same graph, same curve."
+    for kind in ('epoch', 'step'):
+        a, b = one.metrics(kind), run.metrics(kind)
+        assert list(a.epoch) == list(b.epoch)
+        for c in ('loss', 'mined_pairs', 'hardest_positive', 'hardest_negative', 'images', *(c for c in a if '@' in c)): np.testing.assert_allclose(a[c].astype(float), b[c].astype(float), rtol=2e-3, err_msg=c)
+    np.testing.assert_allclose(one.metrics('step').loss[:1], run.metrics('step').loss[:1], rtol=1e-5)
+    assert (one.cliques(0).row == run.cliques(0).row).all()
+    assert np.array_equal(one.descriptors(0), run.descriptors(0)), 'each device embeds whole batches'
+    a, b = (load_file(checkpoint_paths(r, 2)[0]) for r in (one, run))
+    for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-2, atol=1e-3)
+    assert {p.name for p in run.path.rglob('*')} == {p.name for p in one.path.rglob('*')}
+
+def test_two_devices_train_as_one(data, one, tmp_path):
+    "The whole command."
+    done = sage_train(data, tmp_path/'two', '--devices', '2')
+    assert done.returncode == 0 and done.stdout.count('run folder') == 1 and 'Traceback' not in done.stderr, done.stderr
+    assert_like(Run(tmp_path/'two'), one)
 
 def machines(data, folder, *more):
     "The command on two machines (both are this one): a process each, that find one another by three variables."
@@ -102,62 +111,68 @@ def torchrun(data, folder, *more):
     return [((done.stdout, done.stderr), done.returncode)]
 
 @pytest.mark.parametrize('start', (machines, torchrun))
-def test_two_machines_and_torchrun(data, tmp_path, start):
+def test_two_machines_and_torchrun(data, one, tmp_path, start):
     "However two processes are started: the first step's loss is that of one, and one run folder is written."
     for (_, err), code in start(data, tmp_path/'two', '--epochs', '1'): assert code == 0 and 'Traceback' not in err, err
-    assert sage_train(data, tmp_path/'one', '--chunk', '6', '--epochs', '1').returncode == 0
-    one, two = (Run(tmp_path/n) for n in ('one', 'two'))
+    two = Run(tmp_path/'two')
     np.testing.assert_allclose(one.metrics('step').loss[:1], two.metrics('step').loss[:1], rtol=1e-5)
-    assert (one.cliques(0).row == two.cliques(0).row).all() and two.resumable() == one.resumable()
+    assert (one.cliques(0).row == two.cliques(0).row).all() and two.resumable() == [0, 1]
 
-def test_mistakes_are_told_once(data, tmp_path):
-    for more, says in ((('--devices', '3'), 'give a multiple of 3'), (('--devices', '2', '--places-per-batch', '40'), 'places of a batch could be filled'), (('--devices', '2', '--num-nodes', '2'), 'MASTER_ADDR'),
-                       (('--devices', '2', '--device', 'cuda:1'), 'leave out the number')):
-        done = sage_train(data, tmp_path/'run', *more)
-        assert done.returncode == 2 and says in done.stderr, done.stderr
-        assert len([line for line in done.stderr.splitlines() if 'sage_train' in line]) == 1 and 'Traceback' not in done.stderr, done.stderr
-        assert not (tmp_path/'run').exists()
+def told_once(err, says): assert says in err and len([line for line in err.splitlines() if 'sage_train' in line]) == 1 and 'Traceback' not in err, err
 
-def test_stopped_by_a_signal(data, tmp_path):
-    "All end after the same step, and one device goes on from there."
-    folder, how = tmp_path/'run', ('--steps', '30', '--epochs', '1')
-    p = subprocess.Popen(command(data, folder, '--devices', '2', *how), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+@pytest.mark.parametrize('more,says', [(('--devices', '3'), 'give a multiple of 3'), (('--devices', '2', '--num-nodes', '2'), 'MASTER_ADDR'), (('--devices', '2', '--device', 'cuda:1'), 'leave out the number')])
+def test_mistakes_before_anyone_is_started(data, tmp_path, capsys, monkeypatch, more, says):
+    monkeypatch.delenv('MASTER_ADDR', raising=False)
+    with pytest.raises(SystemExit) as e: cli.sage_train(command(data, tmp_path/'run', *more)[4:])
+    assert e.value.code == 2 and not (tmp_path/'run').exists()
+    told_once(capsys.readouterr().err, says)
+
+def test_a_mistake_that_all_meet_is_told_once(data, tmp_path):
+    done = sage_train(data, tmp_path/'run', '--devices', '2', '--places-per-batch', '40')
+    assert done.returncode == 2 and not (tmp_path/'run').exists()
+    told_once(done.stderr, 'places of a batch could be filled')
+
+def test_stopped_by_a_signal(data, one, tmp_path):
+    "All end after the same step, and one device goes on from there to what one device trains."
+    folder = tmp_path/'run'
+    p = subprocess.Popen(command(data, folder, '--devices', '2'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     log = folder/'metrics.jsonl'
-    while p.poll() is None and (not log.exists() or log.read_text().count('"step"') < 3): time.sleep(.05)
+    while p.poll() is None and (not log.exists() or '"kind": "step"' not in log.read_text()): time.sleep(.01)
     p.send_signal(signal.SIGTERM)
     _, err = p.communicate(timeout=90)
     assert p.returncode == 143 and 'Traceback' not in err, err
-    run = Run(folder)
-    assert run.resumable() == [0] and pause_path(run, 0).exists()
-    made = len(run.metrics('step'))
-    assert 3 <= made < 30
-    assert sage_train(data, folder, '--resume', '--chunk', '6', *how).returncode == 0
-    assert list(run.metrics('step').step) == [*range(1, 31)] and run.resumable() == [0, 1] and not pause_path(run, 0).exists()
-    assert run.metrics().images[1] == 30 * 12
+    run, steps = Run(folder), len(Run(folder).metrics('step'))
+    assert run.resumable()[-1] == steps // STEPS and pause_path(run, steps // STEPS).exists() == (steps % STEPS > 0), (steps, err)
+    done = sage_train(data, folder, '--resume', '--chunk', '6')
+    assert done.returncode == 0, done.stderr
+    assert_like(run, one)
 
 def describe(*args, **how):
     return subprocess.run([sys.executable, '-m', 'sage.cli', 'describe', *map(str, args), '--size', '56', '--quiet', '--device', 'cpu'], capture_output=True, text=True, timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **how)
 
-def test_describe_in_parts(tmp_path):
+def test_describe_in_parts(tmp_path, capsys):
     "Two processes write parts; what is there stays; a part without a readable image is a part; the whole is what one process makes."
     t = cards(tmp_path/'a', places=5)
     for i in (4, 5, 6, 7, 9): Path(t.image[i]).write_bytes(b'broken')
-    assert describe(tmp_path/'a', '-o', tmp_path/'whole.npy').returncode == 0
+    alone = lambda *args: cli.sage_describe([*map(str, args), '--size', '56', '--quiet', '--device', 'cpu'])
+    alone(tmp_path/'a', '-o', tmp_path/'whole.npy')
     folder = tmp_path/'parts.npy'
     done = describe(tmp_path/'a', '-o', folder, '--parts', 4, '--devices', 2)
     assert done.returncode == 0 and 'written' in done.stdout and '5 parts: 15 descriptors' in done.stdout, done.stderr + done.stdout
     assert done.stderr.count('5 of 20 images cannot be read') == 1
     times = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     (folder/'00003.npy').unlink(); (folder/'00003.csv').unlink()
-    assert describe(tmp_path/'a', '-o', folder, '--parts', 4).returncode == 0
+    alone(tmp_path/'a', '-o', folder, '--parts', 4)
     assert {n for n, t in times.items() if (folder/n).stat().st_mtime_ns != t} == {'00003.npy', '00003.csv'}
     assert [len(np.load(p)) for p in sorted(folder.glob('*.npy'))] == [4, 0, 3, 4, 4]
     np.testing.assert_allclose(np.concatenate([np.load(p) for p in sorted(folder.glob('*.npy'))]), np.load(tmp_path/'whole.npy'), atol=1e-5)
     assert pd.concat([pd.read_csv(p) for p in sorted(folder.glob('0*.csv'))]).image.tolist() == pd.read_csv(tmp_path/'whole.csv').image.tolist()
-    other = describe(tmp_path/'a', '-o', folder, '--parts', 5)
-    assert other.returncode == 2 and 'parts of other rows' in other.stderr
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e: alone(tmp_path/'a', '-o', folder, '--parts', 5)
+    assert e.value.code == 2 and 'parts of other rows' in capsys.readouterr().err
     beach = tmp_path/'x.npy'; beach.mkdir(); (beach/'beach.jpg').touch()
-    assert 'no parts of a description' in describe(tmp_path/'a', '-o', beach, '--devices', 2).stderr and len(list(beach.iterdir())) == 1
+    with pytest.raises(SystemExit): alone(tmp_path/'a', '-o', beach, '--parts', 4)
+    assert 'no parts of a description' in capsys.readouterr().err and len(list(beach.iterdir())) == 1
 
 def test_several_need_a_start(towns, tmp_path):
     with pytest.raises(UserError, match='started by sage_train --devices 2'): train(settings(devices=2), towns, tmp_path/'run')

@@ -64,7 +64,7 @@ def full(streets, whole, tmp_path, parts):
             goes_on(tmp_path/f'disk{i}'/'run', streets, whole[1])
 
 
-def test_full_disk(streets, whole, tmp_path): full(streets, whole, tmp_path, 3)
+def test_full_disk(streets, whole, tmp_path): full(streets, whole, tmp_path, 2)
 
 @pytest.mark.torture
 def test_full_disk_in_many_places(streets, whole, tmp_path): full(streets, whole, tmp_path, 40)

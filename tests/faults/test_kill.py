@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, os.path.dirname(__file__))
+import kill
 from sage.core import UserError
 from sage.run import Run, alone, holder, started
 
@@ -16,9 +18,10 @@ def torture(*args, seconds=3600):
     return done.stdout.splitlines()[-1], done.stdout + done.stderr
 
 
-def test_a_few_kills():
-    last, said = torture('--kills', '4', '--seed', '1', seconds=300)
-    assert last == 'kills survived: 4 of 4', said
+@pytest.mark.parametrize('signals', [(signal.SIGKILL,), (signal.SIGINT, signal.SIGTERM)])
+def test_a_few(tmp_path, signals):
+    survived, tried, doing = kill.torture(2, 1, tmp_path/'runs', signals=signals)
+    assert survived == tried == sum(doing.values()) == 2
 
 
 @pytest.mark.torture
