@@ -104,7 +104,7 @@ class SageModule(L.LightningModule):
 
 # %% ../nbs/35_learner.ipynb #8d9f2556
 def save_state(
-    path,      # *.resume.safetensors
+    path,      # *.resume.safetensors or *.pause.safetensors
     optimizer, # torch optimiser
     schedule,  # its learning-rate schedule
     weights:dict=None, # name → tensor, where they are in no file of their own

@@ -167,8 +167,8 @@ def launch(
         running = [subprocess.Popen(command, env={**os.environ, **e}, start_new_session=True, **quiet(i)) for i, e in enumerate(environment(devices, nodes))]
         came = _until_ended(running, patience)
         codes = [p.returncode for p in running]
-        if came: return 128 + came[0]
         why = reason(codes)
+        if came and codes[why] != 2: return 128 + came[0]
         if why: errors[why].seek(0); sys.stderr.write(errors[why].read())
     return codes[why] if codes[why] >= 0 else 128 - codes[why]
 

@@ -150,11 +150,12 @@ def last_step(
     "The last step of an epoch that was stopped. Where its file is damaged it is removed, and that is said on stderr."
     path = pause_path(run, epoch)
     if not path.exists(): return 0
-    steps = run.setting('steps', 0)
+    steps, why = run.setting('steps', 0), 'its step is not one of that epoch'
+    with open(path, 'rb'): pass                                       # one that may not be read is not damaged
     try:
         step = step_of(path)
         if steps*epoch < step < steps*(epoch + 1): return step
-        raise UserError(f'{path}: damaged, step {step} is not within the epoch after {epoch}')
-    except UserError as e: print(f'{e}; the epoch begins anew', file=sys.stderr)
+    except UserError: why = 'what it holds does not match its checksum'
+    print(f'{path}: damaged ({why}); epoch {epoch + 1} begins anew', file=sys.stderr)
     path.unlink()
     return 0

@@ -184,7 +184,8 @@ def whole_rows(
     "All rows of the metrics. Raises UserError naming a line that is none."
     rows, path = read_lines(run.path/'metrics.jsonl'), run.path/'metrics.jsonl'
     for i, r in enumerate(rows, 1):
-        if not isinstance(r.get('epoch', 0), int): raise UserError(f'{path}, line {i}: its epoch is no whole number; remove that line to read the rest')
+        for key in ('epoch', 'step'):
+            if not isinstance(r.get(key, 0), int): raise UserError(f'{path}, line {i}: its {key} is no whole number; remove that line to read the rest')
         for key, v in r.items():
             if '/recall@' in key and not ('epoch' in r and isinstance(v, (int, float, type(None))) and (v is None or v != v or abs(v) <= 100)):
                 raise UserError(f'{path}, line {i}: no recall of an epoch in percent; remove that line to read the rest')

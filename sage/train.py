@@ -26,7 +26,7 @@ from .graph import GeoSide, epoch_graph
 from .batches import CliqueBatches
 from .retrieval import recall_from_ranks, search
 from .run import Run, Stopped, alone, answers_of, checkpoint_paths, pause_path, write_json
-from .feed import Sources, Steps, Validation, Views, autocast, bar, cache_bytes, embed, one_image_each, prefix_cache
+from .feed import Sources, Steps, Validation, Views, autocast, bar, cache_bytes, deaf, embed, one_image_each, prefix_cache
 from .settings import Settings, make_model, precision_of, recorded_settings
 from .learner import SageModule, load_state, save_state
 from .resume import load_weights, open_run, read_weights, save_checkpoint
@@ -106,7 +106,7 @@ class EpochGraph(L.Callback):
     ):
         self.settings, self.supply, self.run, self.epoch, self.progress = settings, supply, run, start, progress
         self.stop, self.steps, self.bar = stop or threading.Event(), Steps(settings.steps, world()), None
-        self.left, self.listeners = {}, {}       # what an epoch that was stopped left; signal → who hears it
+        self.left, self.listeners, self.asked = {}, {}, False       # what an epoch that was stopped left; signal → who hears it; whether it is to stop
 
     @contextmanager
     def ticker(self, what, total, unit='images'): # a bar as a function to call with each batch's size; the place where a stop is noticed
@@ -282,9 +282,15 @@ def keep(self:EpochGraph, epoch, trainer, module, trained): # checkpoint of a nu
     if first(): save_checkpoint(self.run, epoch, module, *parts_of(trainer), trained=trained, precision=trainer.precision_plugin.state_dict())
 
 @patch
-def pause(self:EpochGraph, trainer, module): # the state in the middle of an epoch, weights and all
-    if not first() or not module.step % self.settings.steps: return
+def pause(self:EpochGraph, trainer, module): # the state in the middle of an epoch, weights and all; nobody leaves before it is written
     self.check_weights(module)
+    try: self.write_pause(trainer, module)
+    except OSError as e: raise UserError(f'{e.filename}: {e.strerror or e}; stopped after step {module.step}, of which nothing could be kept: --resume goes on after epoch {self.epoch}') from None
+    from_first()
+
+@patch
+def write_pause(self:EpochGraph, trainer, module):
+    if not first(): return
     sums, seconds = dict(module.sums), time.perf_counter() - self.began
     save_state(pause_path(self.run, self.epoch), *parts_of(trainer), module.model.trainable_state(), step=module.step, sums=sums, seconds=seconds, precision=trainer.precision_plugin.state_dict())
 
@@ -336,7 +342,8 @@ def on_train_batch_end(self:EpochGraph, trainer, module, outputs, batch, index):
         seconds = now - self.ended
         self.run.log(kind='step', epoch=self.epoch + 1, step=module.step, **last, lr=parts_of(trainer)[1].get_last_lr()[0], images_per_s=last['images'] / seconds, step_s=seconds)
     self.ended = now
-    if not anyone(self.stop.is_set()): return
+    self.asked = anyone(self.stop.is_set())
+    if not self.asked or not module.step % self.settings.steps: return           # the last step of an epoch: its checkpoint comes first
     self.pause(trainer, module)
     raise Stopped(f'stopped after step {module.step}')
 
@@ -348,6 +355,7 @@ def on_train_epoch_end(self:EpochGraph, trainer, module):
     trained = {k: v / sums['steps'] for k, v in sums.items() if k not in ('images', 'steps')}
     trained |= dict(step=module.step, images=sums['images'], lr=parts_of(trainer)[1].get_last_lr()[0], images_per_s=sums['images'] / seconds, train_s=seconds)
     self.keep(self.epoch, trainer, module, trained)
+    if self.asked: from_first(); raise Stopped(f'stopped after step {module.step}')
     self.record(self.epoch, trained)
 
 @patch
@@ -487,11 +495,14 @@ def fit(
                 callback.run, callback.epoch = open_run(run, settings, model, supply.tables, [v.name for v in supply.validations], resume)
                 if from_first(callback.epoch >= settings.epochs and callback.epoch in set(callback.run.metrics().epoch)): return callback.run
                 loader = DataLoader(Sources(supply.sources), batch_sampler=callback.steps, num_workers=0 if all(v.tokens is not None for v in supply.sources) else settings.workers,
-                                    generator=torch.Generator().manual_seed(0), pin_memory=device.type == 'cuda')
-                trainer = make_trainer(settings, device, settings.epochs - callback.epoch, callback)
+                                    generator=torch.Generator().manual_seed(0), pin_memory=device.type == 'cuda', worker_init_fn=deaf)
+                trainer = make_trainer(settings, device, max(0, settings.epochs - callback.epoch), callback)
                 module = SageModule(model, settings)
                 if threading.current_thread() is threading.main_thread(): callback.listeners = {n: signal.getsignal(n) for n in SIGNALS}
-                trainer.fit(module, loader)
+                try: trainer.fit(module, loader)
+                except SystemExit:                                                  # what Lightning makes of a second Ctrl-C
+                    if came: raise KeyboardInterrupt from None
+                    raise
         except UserError as e:
             if first() and not resume and callback.run is not None: callback.run.discard()
             raise plain_error(e) from e

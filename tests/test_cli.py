@@ -13,7 +13,7 @@ from sage import cli
 from sage.formats import write_gsv, write_msls, write_utm
 from sage.model import create_sage, save_sage
 from sage.places import make_table
-from sage.run import Run
+from sage.run import Run, pause_path
 
 SMALL = '--backbone sage_nano --image-size 56 --eval-size 56 --epochs 1 --steps 1 --places-per-batch 2 --images-per-place 2 --min-size 2 --augment none --log-every 1 --quiet'.split()
 
@@ -259,7 +259,8 @@ def test_ctrl_c_ends_with_a_sentence_and_can_be_resumed(sets, tmp_path, capsys):
     err = process.communicate(timeout=120)[1]
     assert process.returncode == 130 and 'Traceback' not in err, err
     assert [line for line in err.splitlines() if line.startswith('sage_train: stopped after step') and 'can be resumed' in line], err
-    assert Run(tmp_path/'run').epochs() == [0] and Run(tmp_path/'run').resumable() == [0]
+    run = Run(tmp_path/'run')
+    assert run.epochs() == [0] and run.resumable() == [0] and pause_path(run, 0).exists()
 
 
 # ---- good data -------------------------------------------------------------------------------------------------

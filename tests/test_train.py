@@ -138,22 +138,36 @@ def steps_of(train, monkeypatch): # the steps that a training makes, by number
         m.setattr(SageModule, 'training_step', lambda self, *a: (made.append(self.step + 1), step(self, *a))[1])
         return train(), made
 
-@pytest.mark.parametrize('step', [1, 2, 5])
+@pytest.mark.parametrize('step', [1, 3, 5, 6])
 def test_a_stopped_epoch_goes_on_with_its_next_step(whole, towns, tmp_path, step, monkeypatch):
     "Stopped within an epoch, no step is made twice; stopped or killed again before that epoch ends, too; nothing of it is left at the end."
     run = tmp_path/'run'
     go = lambda **how: train(settings(), towns, run, labelled=True, **how)
     with pytest.raises(Stopped, match=f'after step {step}$'): go(stop=AtStep(run, step))
-    kept = pause_path(Run(run), (step - 1) // 3)
-    assert kept.exists() and list(Run(run).metrics('step').step) == [*range(1, step + 1)]
+    kept, rows = pause_path(Run(run), step // 3), Run(run).metrics('step')
+    assert kept.exists() == (step % 3 > 0) and Run(run).resumable()[-1] == step // 3 and list(rows.step) == [*range(1, step + 1)]
     with pytest.raises(Stopped, match='while'): go(resume=True, stop=After(1))                        # before it has gone on
-    assert kept.exists() and list(Run(run).metrics('step').step) == [*range(1, step + 1)]
+    assert kept.exists() == (step % 3 > 0)
     done, made = steps_of(lambda: go(resume=True), monkeypatch)
-    assert made == [*range(step + 1, 7)]
+    assert made == [*range(step + 1, 7)] and list(done.metrics('step').step_s[:step]) == list(rows.step_s)
     assert_same(whole, done)
     assert {p.name for p in (run/'checkpoints').iterdir()} == {p.name for p in (whole.path/'checkpoints').iterdir()}
-    rate = done.metrics().train_s[step // 3 + 1]
-    assert rate > 0 and rate < 100
+    assert (done.metrics().train_s[1:].to_numpy() >= done.metrics('step').groupby('epoch').step_s.sum().to_numpy()).all()
+
+def test_a_disk_that_is_full_when_it_stops(whole, towns, tmp_path, monkeypatch):
+    run = tmp_path/'run'
+    go = lambda **how: train(settings(), towns, run, labelled=True, **how)
+    with monkeypatch.context() as m:
+        def full(*a): raise OSError(28, 'No space left on device', 'FILE')
+        m.setattr('sage.train.EpochGraph.write_pause', full)
+        with pytest.raises(UserError, match='FILE: No space left.*after step 5.*goes on after epoch 1'): go(stop=AtStep(run, 5))
+    assert_same(whole, go(resume=True))
+
+def test_a_second_ctrl_c_interrupts(towns, tmp_path, monkeypatch):
+    def step(self, *a): signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(SageModule, 'training_step', step)
+    with pytest.raises(KeyboardInterrupt): train(settings(), towns, tmp_path/'run')
+    assert Run(tmp_path/'run').resumable() == [0] and not (tmp_path/'run'/'lock.json').exists()
 
 def test_killed_after_going_on_from_a_stopped_epoch(whole, towns, tmp_path, monkeypatch):
     "What was logged after the state that is kept is made again."
@@ -161,7 +175,7 @@ def test_killed_after_going_on_from_a_stopped_epoch(whole, towns, tmp_path, monk
     go = lambda **how: train(settings(), towns, run, labelled=True, **how)
     with pytest.raises(Stopped): go(stop=AtStep(run, 4))
     with monkeypatch.context() as m:
-        m.setattr('sage.train.EpochGraph.pause', lambda *a: None)                                     # as SIGKILL
+        m.setattr('sage.train.EpochGraph.write_pause', lambda *a: None)                                     # as SIGKILL
         with pytest.raises(Stopped): go(resume=True, stop=AtStep(run, 5))
     done, made = steps_of(lambda: go(resume=True), monkeypatch)
     assert made == [5, 6]
@@ -202,6 +216,13 @@ def test_work_is_done_beside():
         assert answer()[0]
     def stopped(): raise Stopped('stopped while drawing')
     with pytest.raises(Stopped, match='drawing'), beside(stopped) as answer: answer()
+
+@pytest.mark.parametrize('epoch', [0, 1])
+def test_fewer_epochs_than_are_done(towns, tmp_path, epoch):
+    "Stopped after an epoch, before its record: nothing is trained, what is missing is recorded."
+    run = tmp_path/'run'
+    with pytest.raises(Stopped, match='step 3$'): train(settings(), towns, run, stop=AtStep(run, 3))
+    assert train(settings(epochs=epoch), towns, run, resume=True).epochs() == [0, 1] and list(Run(run).metrics().epoch) == [0, 1]
 
 def test_what_workers_are_sent_holds_no_open_files(towns, tmp_path):
     "Where a worker is spawned, not forked (macOS), its views are pickled: they decode the same images, and leave kept tokens to whoever asked."
@@ -367,15 +388,15 @@ from test_train import settings, train
 from sage.train import Stopped
 towns = [pd.read_parquet(p) for p in {tables!r}]
 print('go', flush=True)
-try: train(settings(), towns, {run!r}, labelled=True)
+try: train(settings(workers={workers}), towns, {run!r}, labelled=True)
 except Stopped as e: print(e, flush=True); sys.exit(128 + e.signum)
 '''
 
-def child(towns, folder, run):
+def child(towns, folder, run, workers=0):
     paths = [str(folder/f'{i}.parquet') for i in range(3)]
     for t, p in zip(towns, paths): t.to_parquet(p)
-    code = CHILD.format(path=[os.path.dirname(__file__), str(Path(sage.__file__).parents[1])], tables=paths, run=str(run))
-    return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONHASHSEED': '7'})
+    code = CHILD.format(path=[os.path.dirname(__file__), str(Path(sage.__file__).parents[1])], tables=paths, run=str(run), workers=workers)
+    return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, 'PYTHONHASHSEED': '7'})
 
 def wait_for(condition, process, seconds=120):
     end = time.monotonic() + seconds
@@ -384,13 +405,14 @@ def wait_for(condition, process, seconds=120):
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_cleanly(whole, towns, tmp_path, signum):
     run = tmp_path/'run'
-    p = child(towns, tmp_path, run)
+    p = child(towns, tmp_path, run, workers=2)
     wait_for(lambda: (run/'checkpoints'/'0001.resume.safetensors').exists(), p)
-    p.send_signal(signum)
+    os.killpg(p.pid, signum)                                                       # as a terminal or a scheduler does: its workers get it too
     out, err = p.communicate(timeout=120)
     assert p.returncode == 128 + signum and 'stopped' in out and 'Traceback' not in err, err
     assert Run(run).resumable()[-1] >= 1
-    assert pause_path(Run(run), 1).exists() == ('after step' in out and not out.strip().endswith(('3', '6')))
+    made = Run(run).metrics('step').step.max()
+    assert ('after step' not in out or f'after step {made}' in out) and pause_path(Run(run), made // 3).exists() == (made % 3 > 0)
     assert_same(whole, train(settings(), towns, run, labelled=True, resume=True))
 
 def test_prefix_cache_trains_as_without(towns, tmp_path):
