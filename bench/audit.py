@@ -1,7 +1,7 @@
 """How much of a recall is the order of the lists? Models with InteractHead are trained on the world, one for each training seed; then queries and database are laid out as in SPED,
 AmsterTime or Nordland, where query i and database i show one place, and recall is measured as published (sorted, in batches), with both sides shuffled, by batch size, and with the head off.
 
-    python bench/audit.py [--seeds 1] [--epochs 3] [--data FOLDER] [--figure FILE]
+    python bench/audit.py [--seeds 1] [--epochs 1] [--data FOLDER] [--figure FILE]
 
 FOLDER is a real evaluation set beside the world's two (default: `corridor` in $SAGE_SHARED/data or ../shared/data, where that is there). Some minutes for each training seed.
 """
@@ -99,7 +99,7 @@ def figure(rows):
 def main():
     parser = arguments(__doc__)
     parser.add_argument('--seeds', type=int, default=1, help='trainings; 5 show the spread')
-    parser.add_argument('--epochs', type=int, default=3)
+    parser.add_argument('--epochs', type=int, default=1, help='of each training; 3 in docs/performance.md')
     parser.add_argument('--data', type=Path, default=CORRIDOR, help='a real set whose query i and database i show one place')
     parser.add_argument('--figure', type=Path, help='PNG to write')
     parser.add_argument('--go-on', action='store_true', help='keep the seeds that --out holds already')

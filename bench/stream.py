@@ -1,6 +1,6 @@
 """Exact search in bounded memory: 200,000 descriptors of 8448 float16 numbers (3.4 GB on the disk) asked 100 questions with 1 GB.
 
-    python bench/stream.py [--rows 200000] [--memory 1GB]
+    python bench/stream.py [--rows 100000] [--memory 1GB]
 
 Peak memory is that of a process that does nothing but search. Its answers are compared with a flat search of a subset held in memory, and for a few queries with plain numpy over all rows.
 """
@@ -55,7 +55,7 @@ def compare(folder, memory):
 
 def main():
     parser = arguments(__doc__)
-    parser.add_argument('--rows', type=int, default=200_000)
+    parser.add_argument('--rows', type=int, default=100_000)
     parser.add_argument('--memory', default='1GB')
     args = parser.parse_args()
     from sage.stream import parse_memory

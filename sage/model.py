@@ -331,7 +331,7 @@ def _sum_of(tensors, header):
 
 def _disk_error(error):
     "What safetensors tells of a disk as text, as Python tells it."
-    number = re.search(r'os error (\d+)', str(error))
+    number = re.search(r'(?:os error |code: )(\d+)', str(error))                       # before 0.5 it says `Os { code: 28, …`
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 def write_checked(

@@ -462,7 +462,7 @@ NAME = 'vit_small_patch14_dinov2.lvd142m'
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
     "No network, an empty cache, and a clock."
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
+    for holder in (huggingface_hub.constants, huggingface_hub.file_download): monkeypatch.setattr(holder, 'HF_HUB_CACHE', str(tmp_path / 'hub'), raising=False)      # before 1.0 one is a copy
     def refuse(*a, **k): raise socket.gaierror(-2, 'Name or service not known')
     monkeypatch.setattr(socket, 'getaddrinfo', refuse)
     return tmp_path

@@ -156,7 +156,7 @@ def _recall_panel(fig, run, row, col):
     tables, ks, dashes = list(dict.fromkeys(recall.table)), sorted(set(recall.k)), ('solid', 'dash', 'dot', 'dashdot')
     for (table, k), t in recall.groupby(['table', 'k'], sort=False):
         fig.add_scatter(x=t.epoch, y=t.recall, mode='lines+markers', line=dict(color=palette(len(tables))[tables.index(table)], dash=dashes[ks.index(k) % 4]), name='<br>'.join(escape(w) for w in textwrap.wrap(table, 12)) or 'recall',
-                        legend='legend4', legendgroup=f'recall {tables.index(table)}', showlegend=k == ks[0], hovertemplate=f'R@{k}: ' + '%{y:.1f} %<extra>' + escape(table) + '</extra>', row=row, col=col)
+                        legend='legend4', legendgroup=f'recall {tables.index(table)}', showlegend=bool(k == ks[0]), hovertemplate=f'R@{k}: ' + '%{y:.1f} %<extra>' + escape(table) + '</extra>', row=row, col=col)
     fig.for_each_annotation(lambda a: a.update(text='recall: ' + ', '.join(f'{"R@" if not i else ""}{k} {("──", "╌╌", "···", "─·")[i % 4]}' for i, k in enumerate(ks[:4]))), lambda a: a.text == 'recall')
 
 def _time_panel(fig, epochs, row, col):
@@ -184,7 +184,7 @@ def _hardness_panel(fig, table, row, col, legend):
     for e in drawn:
         mine = t[t.drawn == e]
         fig.add_scatter(x=mine.seen, y=mine.harder, mode='lines+markers', name=f'drawn at {e}', marker=dict(symbol=['circle'] + ['circle-open']*(len(mine) - 1), size=9), line=dict(color=_shade(drawn.index(e)/max(len(drawn) - 1, 1)), width=2),
-                        legend=legend, showlegend=len(drawn) <= 6 or e in (drawn[0], drawn[-1]), hovertemplate=f'drawn at {e}, seen at ' + '%{x}: %{y:.1f} %<extra></extra>', row=row, col=col)
+                        legend=legend, showlegend=bool(len(drawn) <= 6 or e in (drawn[0], drawn[-1])), hovertemplate=f'drawn at {e}, seen at ' + '%{x}: %{y:.1f} %<extra></extra>', row=row, col=col)
     random = t[t.drawn == -1]
     fig.add_scatter(x=random.seen, y=random.harder, mode='lines', name='random', line=dict(color=COLORS['grey'], dash='dot'), legend=legend, hovertemplate='random places: %{y:.1f} %<extra></extra>', row=row, col=col)
 
