@@ -8,7 +8,7 @@ import pytest
 sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed; pip install playwright runs the browser tests')
 pytest.importorskip('jupyterlab', reason='jupyterlab is not installed')
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason='no chromium on the path; apt-get install chromium runs the browser tests')
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason='no chromium on the path; apt-get install chromium runs the browser tests')]
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = {'@jupyterlab/apputils-extension:notification': {'fetchNews': 'false', 'checkForUpdates': False, 'doNotDisturbMode': True}}
