@@ -55,23 +55,24 @@ class AttentionPage(Page):
         self.now, self.match, self.grid, self.known = self.plot(), self.plot(), self.plot(), (None, None)
         return [W.HBox([self.image, self.beside, self.probe], layout=W.Layout(flex_flow='row wrap')), self.now, self.match, self.grid]
 
-    def recorded(self): # (label, number) of each image of the record
-        return [(label, i) for i, label in enumerate(recorded_images(self.run, self.state.epoch))] if attended_epochs(self.run) or not self.chosen() else []
+    def recorded(self, mine): # (label, number) of each image of the record; mine: as `chosen` gives it
+        return [(label, i) for i, label in enumerate(recorded_images(self.run, self.state.epoch))] if attended_epochs(self.run) or not mine else []
 
-    def chosen(self): # what is chosen elsewhere, an 'image' and a 'node', where the epoch's weights are there to look at it
-        s = self.state
-        if s.epoch not in self.run.checkpoints(): return {}
-        found = dict(image=s.image, node=None if s.node is None else (None, s.node))
-        return {k: Chosen(self.run, s.epoch, *v) for k, v in found.items() if v is not None}
+    def chosen(self, image, node): # what is chosen elsewhere, an 'image' and a 'node', where the epoch's weights are there to look at it
+        epoch = self.state.epoch
+        if epoch not in self.run.checkpoints(): return {}
+        found = dict(image=image, node=None if node is None else (None, node))
+        return {k: Chosen(self.run, epoch, *v) for k, v in found.items() if v is not None}
 
     def draw(self):
-        s, mine = self.state, self.chosen()
-        recorded = self.recorded()
-        if (s.image or s.node is not None) and s.epoch not in self.run.checkpoints(): self.say(f'the weights of epoch {s.epoch} are not in the run folder, so what is chosen elsewhere cannot be looked at; recorded images are shown')
+        s, old = self.state, self.known
+        self.known = image, node = s.image, s.node           # somebody may choose anew while this is drawn
+        mine = self.chosen(image, node)
+        recorded = self.recorded(mine)
+        if (image or node is not None) and s.epoch not in self.run.checkpoints(): self.say(f'the weights of epoch {s.epoch} are not in the run folder, so what is chosen elsewhere cannot be looked at; recorded images are shown')
         rows = [((self.run.config.get('validation') or [''])[0], int(r)) for r in attended(self.run, s.epoch)[1].get('rows', ())] if recorded else []
         options = recorded + [(f'chosen {dict(image="image", node="place")[k]}: {it.label}', k) for k, it in mine.items()]
-        old, self.known = self.known, (s.image, s.node)
-        wanted = None if self.known == old else rows.index(s.image) if s.image != old[0] and s.image in rows else 'image' if s.image != old[0] and 'image' in mine else 'node' if s.node != old[1] and 'node' in mine else None
+        wanted = None if self.known == old else rows.index(image) if image != old[0] and image in rows else 'image' if image != old[0] and 'image' in mine else 'node' if node != old[1] and 'node' in mine else None
         choices(self.image, options, wanted)
         if isinstance(self.image.value, int): return self.show(self.image.value, self.partner(self.image.value, recorded), None)
         it = mine[self.image.value]

@@ -142,6 +142,18 @@ def weighty(run, tmp_path_factory):
         np.savez(path/'epochs'/f'{e:04d}'/'attention.npz', **look(it, it.table('Otherville').image.iloc[rows].tolist(), e), rows=np.array(rows))
     return it
 
+def test_a_choice_made_while_a_picture_is_drawn_is_kept(weighty):
+    bench = Workbench(weighty, dark=False)
+    try:
+        page, plain = opened(bench, 2), bench.pages[2].recorded
+        def meanwhile(mine):
+            page.recorded = plain
+            bench.state.set(node=5)
+            return plain(mine)
+        page.recorded, page.stale = meanwhile, True
+        until(lambda: page.image.value == 'node', bench)
+    finally: bench.close()
+
 def test_attention_looks_at_what_is_chosen(weighty):
     bench = Workbench(weighty, dark=False)
     try:
