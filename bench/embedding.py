@@ -10,6 +10,7 @@ decoding  from a file to a tensor: Pillow, as it is done, against torchvision's 
 Weights are random, LayerScale is set to 1 (as made it is 1e-5, and the blocks would hardly count): times do not depend on them, and rounding has something to work on.
 """
 import argparse, tempfile, time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -98,25 +99,34 @@ def rebuild(args):
     return rows
 
 
-def step_flops(backbone, side, images=8):
-    "Floating-point operations of a training step for an image."
+def flops(backbone, side, images=8, backward=True):
+    "Floating-point operations of a training step for an image; of its description alone."
     with torch.device('meta'): model = make_model(Settings(backbone=backbone), pretrained=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         module = SageModule(model.to_empty(device='cpu'), Settings(backbone=backbone)).train()
         module.model.backbone.fuse(False)                                              # plain products, which the counter knows
-        with FlopCounterMode(display=False) as counter: module.describe(torch.empty(images, 3, side, side), 0).sum().backward()
+        with FlopCounterMode(display=False) as counter:
+            d = module.describe(torch.empty(images, 3, side, side), 0)
+            if backward: d.sum().backward()
     return counter.get_total_flops() / images
+
+@contextmanager
+def one_thread():
+    "Inside, torch works on one thread, as it does in a worker of a DataLoader."
+    threads = torch.get_num_threads(); torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(threads)
 
 def loader(args):
     "Images a second of one process, and how many processes a GPU at 45 % of its stated peak would need."
     rows, n, side = [], len(args.photos), args.sides[0]
     steps = Steps(1); steps.fill(1, [[np.arange(n).reshape(-1, 4)]])
     views = {'training: RandAugment': Sources([Views(args.photos, train_transform(side))]), 'embedding': Sources([Views(args.photos, eval_transform(side))])}
-    seconds, cpu = by_turns({name: lambda s=s: list(torch.utils.data.DataLoader(s, batch_sampler=steps)) for name, s in views.items()}, args.turns)
-    flops = step_flops(args.backbone, side)
+    with one_thread(): seconds, cpu = by_turns({name: lambda s=s: list(torch.utils.data.DataLoader(s, batch_sampler=steps)) for name, s in views.items()}, args.turns)
+    work = flops(args.backbone, side)
     for name, t in seconds.items():
-        rows.append(dict(what='loader', side=side, way=name, images_per_s=n / t, images_per_cpu_s=n / cpu[name], gflop_per_image=flops / 1e9, processes_for_an_h200=.45 * SPEC / flops / (n / cpu[name])))
-        print('loader {side}²  {way:<22} {images_per_s:6.1f} images/s for one process ({images_per_cpu_s:.1f} a second of CPU time)'.format(**rows[-1]) + (f'; {flops/1e9:.1f} GFLOP an image: 45 % of the stated peak of an H200 would take {rows[-1]["processes_for_an_h200"]:.0f} of them' if 'train' in name else ''), flush=True)
+        rows.append(dict(what='loader', side=side, way=name, images_per_s=n / t, images_per_cpu_s=n / cpu[name], gflop_per_image=work / 1e9, processes_for_an_h200=.45 * SPEC / work / (n / cpu[name])))
+        print('loader {side}²  {way:<22} {images_per_s:6.1f} images/s for one process ({images_per_cpu_s:.1f} a second of CPU time)'.format(**rows[-1]) + (f'; {work/1e9:.1f} GFLOP an image: 45 % of the stated peak of an H200 would take {rows[-1]["processes_for_an_h200"]:.0f} of them' if 'train' in name else ''), flush=True)
     return rows
 
 def decoding(args):
@@ -126,9 +136,7 @@ def decoding(args):
     ways = {'Pillow (as it is)': lambda p: plain(load_image(p)),
             'torchvision decodes, Pillow resizes': lambda p: plain(to_pil_image(decode_jpeg(read_file(p), mode=ImageReadMode.RGB))),
             'torchvision decodes, resized as a tensor': lambda p: tensor(decode_jpeg(read_file(p), mode=ImageReadMode.RGB))}
-    threads = torch.get_num_threads(); torch.set_num_threads(1)
-    wall, cpu = by_turns({name: lambda f=f: [f(p) for p in args.photos.image] for name, f in ways.items()}, 2*args.turns)
-    torch.set_num_threads(threads)
+    with one_thread(): wall, cpu = by_turns({name: lambda f=f: [f(p) for p in args.photos.image] for name, f in ways.items()}, 2*args.turns)
     first = next(iter(ways.values()))
     for name, f in ways.items():
         off = max(float((first(p) - f(p)).abs().max()) for p in args.photos.image[:8])

@@ -4,7 +4,8 @@
     python bench/mining.py --all                  # up to 500 k × 8448: needs 10 GB of disk and of memory, 20 minutes
 
 Both make batches of 30 places × 4 images of the same data, each in a process of its own and by turns, on one thread. Ours includes what an epoch prepares (looking through its new
-descriptors), spread over its 2,000 batches. The geography never changes: it is prepared once for a data set and shown apart.
+descriptors), spread over its 2,000 batches. The geography never changes: it is prepared once for a data set and shown apart. So is the graph that is written down for an epoch's pictures,
+on one thread here as well.
 """
 import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -85,6 +86,11 @@ class Ours:
 
     def peak(self): return memory() - self.start
 
+    def graph(self):
+        "What is written down of an epoch for its pictures; --no-record-graph leaves it out."
+        from sage.graph import epoch_graph
+        return len(epoch_graph(self.sampler.geo, self.F, None).edges)
+
 
 def make_input(folder, n_images, dim, seed):
     "Table and descriptors (float16 for the long ones) on disk, once."
@@ -111,14 +117,15 @@ def compare(folder, n_images, dim, strategies, seed, theirs_batches, turns=10):
                 _, w, c = worker('batches', n)
                 wall[who, t], cpu[who, t] = w/n, c/n
         (peak, *_), (their_peak, *_) = ours('peak'), theirs('peak')
+        edges, graph, _ = ours('graph')
         ours.close()
         each, other = wall[1].mean() + prepare/EPOCH, wall[0].mean()
-        rows.append(dict(images=n_images, dim=dim, strategy=strategy, published_ms=other*1e3, ours_ms=each*1e3, ours_ms_without_preparation=wall[1].mean()*1e3, prepare_s=prepare, geography_s=geography,
+        rows.append(dict(images=n_images, dim=dim, strategy=strategy, published_ms=other*1e3, ours_ms=each*1e3, ours_ms_without_preparation=wall[1].mean()*1e3, prepare_s=prepare, geography_s=geography, graph_s=graph, edges=edges,
                          ratio=other/each, ratio_cpu=cpu[0].mean()/(cpu[1].mean() + prepare_cpu/EPOCH), ratio_geography_included=other/(each + geography/EPOCH), bar=BARS.get((n_images, dim)),
                          peak_mb=peak, published_peak_mb=their_peak, batches=EPOCH, published_batches=max(1, theirs_batches//turns)*turns))
         r = rows[-1]
         print(f'{n_images:>9,} × {dim:<5} {strategy:6s} published {r["published_ms"]:6.1f} ms, ours {r["ours_ms"]:6.3f} ms a batch: {r["ratio"]:5.0f}× (bar {r["bar"] or "-"}; by CPU time {r["ratio_cpu"]:.0f}×; '
-              f'with the geography of every epoch anew {r["ratio_geography_included"]:.0f}×) | prepare {prepare:.2f} s, geography once {geography:.1f} s | peak above the data {peak:.0f} MB, published {their_peak:.0f} MB', flush=True)
+              f'with the geography of every epoch anew {r["ratio_geography_included"]:.0f}×) | prepare {prepare:.2f} s, geography once {geography:.1f} s, the epoch\'s graph for its pictures {graph:.1f} s | peak above the data {peak:.0f} MB, published {their_peak:.0f} MB', flush=True)
     theirs.close()
     return rows
 

@@ -14,9 +14,9 @@ from common import arguments, keep
 DIM, QUERIES, K, SUBSET = 8448, 100, 20, 10_000
 
 
-def make(folder, rows):
+def make(folder, rows, seed):
     "Descriptors of length 1, some of them copies, and noisy queries; written a piece at a time."
-    g = np.random.default_rng(0)
+    g = np.random.default_rng(seed)
     out = np.lib.format.open_memmap(folder/'database.npy', 'w+', np.float16, (rows, DIM))
     for start in range(0, rows, 2000):
         x = g.standard_normal((min(2000, rows - start), DIM), dtype=np.float32)
@@ -62,9 +62,9 @@ def main():
     rows, memory, limit = args.rows, args.memory, parse_memory(args.memory)
     result = dict(rows=rows, dim=DIM, queries=QUERIES, memory=limit)
     with tempfile.TemporaryDirectory() as folder:
-        for step, argument in (('make', rows), ('ask', limit), ('compare', limit)):
+        for step, *numbers in (('make', rows, args.seed), ('ask', limit), ('compare', limit)):
             start = time.perf_counter()
-            out = subprocess.run([sys.executable, __file__, step, folder, str(argument)], capture_output=True, text=True, check=True).stdout
+            out = subprocess.run([sys.executable, __file__, step, folder, *map(str, numbers)], capture_output=True, text=True, check=True).stdout
             result |= json.loads(out) if out else {}
             print(f'{step}: {time.perf_counter() - start:.0f} s', flush=True)
     print(f'{rows:,} × {DIM} float16, {QUERIES} queries, {memory}: {result["seconds"]} s, {result["note"]}\nequal to the flat search of {SUBSET:,} rows: {result["subset_equal"]}; to plain numpy on all: {result["plain_equal"]}')
@@ -72,5 +72,5 @@ def main():
 
 
 if __name__ == '__main__':
-    if sys.argv[1:2] and sys.argv[1] in ('make', 'ask', 'compare'): globals()[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))
+    if sys.argv[1:2] and sys.argv[1] in ('make', 'ask', 'compare'): globals()[sys.argv[1]](Path(sys.argv[2]), *map(int, sys.argv[3:]))
     else: main()

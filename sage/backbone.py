@@ -274,7 +274,8 @@ def hub_reachable(
 
 # %% ../nbs/11_backbone.ipynb #437c4409
 def _blank_vit(name):
-    "The architecture `name` on the meta device (no memory, no download), checked."
+    "The architecture `name` on the meta device (no memory, no download), checked. Only names that timm knows itself: others it would ask the hub for, or a folder."
+    if not isinstance(name, str) or not timm.is_model(name): raise UserError(f"backbone {name!r} is no model of timm's; 'sage_nano', which needs no network, or a name from timm.list_models('vit_*') works")
     try:
         with torch.device('meta'): return check_vit(timm.create_model(name, pretrained=False, num_classes=0), name)
     except (OSError, RuntimeError) as e: raise UserError(f"backbone '{name}': {str(e).splitlines()[0] if str(e) else type(e).__name__}; 'sage_nano', which needs no network, or a name from timm.list_models('vit_*') works") from e

@@ -6,7 +6,7 @@
 __all__ = ['add_model_flags', 'answering', 'Asked', 'ask_photos', 'in_words', 'for_programs', 'answer_layer', 'where_page',
            'where_parser', 'sage_where', 'about_map', 'write_page', 'image_list', 'npy_header', 'NpyWriter',
            'ParquetWriter', 'describe_to', 'open_parts', 'write_left_out', 'read_left_out', 'part_rows', 'part_done',
-           'describe_parts', 'parts_summary', 'sage_describe', 'describe_here', 'said_of']
+           'describe_parts', 'parts_summary', 'parts_words', 'sage_describe', 'describe_here', 'said_of']
 
 # %% ../nbs/67_cli_photos.ipynb #c7f67559
 import argparse, contextlib, hashlib, json, os, sys
@@ -411,6 +411,13 @@ def parts_summary(
     parts = sorted(p for p in out.glob(f'[0-9]*{out.suffix}'))
     return len(parts), sum(map(part_rows, parts)), read_left_out(out)
 
+def parts_words(
+    n:int, # parts that are there
+    of:int, # parts that are wanted
+)->str:
+    "How far a description is: other machines may still be at their share."
+    return f'{n:,} parts' if n >= of else f'{n:,} of {of:,} parts so far; other processes make the others, and the same command again what is missing then'
+
 
 # %% ../nbs/67_cli_photos.ipynb #9e843578
 @command
@@ -435,9 +442,9 @@ def sage_describe(argv):
     if several and me['size'] == 1:
         if failed := launch([sys.executable, '-m', 'sage.cli', 'describe', *argv], args.devices, args.num_nodes): raise SystemExit(failed)
     else: describe_here(args, df, out, parts)
-    if parts and me['size'] == 1:
+    if parts and (me['size'] == 1 or 'TORCHELASTIC_RUN_ID' in os.environ and not me['rank']):          # torchrun says nothing itself
         n, rows, left_out = parts_summary(out)
-        said_of(df, rows, left_out, f'{out}: {n:,} parts')
+        said_of(df, rows, left_out, f'{out}: ' + parts_words(n, -(-len(df) // parts)))
 
 # %% ../nbs/67_cli_photos.ipynb #108a6326
 def describe_here(args, df, out, parts):

@@ -55,15 +55,15 @@ class SageModule(L.LightningModule):
     def describe(self, views, source): # descriptors of the whole batch of one source, those of all devices
         n, m = self.settings.chunk or len(views), self.model
         if n >= len(views) and world()[1] == 1: return run_views(m, views, cross_image=m.interact is not None)
-        d = gathered(torch.cat([self.piece(views[i:i + n], source, world()[0] * len(views) + i) for i in range(0, len(views), n)]))
+        d = gathered(torch.cat([self.piece(views[i:i + n], source, world()[0] * len(views) + i, n < len(views)) for i in range(0, len(views), n)]))
         if m.interact is None: return d
         self.sow(source, 'head')
         return m.interact(d)
 
-    def piece(self, views, source, start): # descriptors of images start, start + 1, … of the batch
+    def piece(self, views, source, start, twice): # descriptors of images start, start + 1, … of the batch; twice: the last blocks are computed again on the way back, not kept
         tokens = tokens_of(self.model, views)
         self.sow(source, start)
-        return checkpoint(self.model.from_prefix, tokens, use_reentrant=False) if self.settings.chunk else self.model.from_prefix(tokens)
+        return checkpoint(self.model.from_prefix, tokens, use_reentrant=False) if twice else self.model.from_prefix(tokens)
 
     def sow(self, *names): torch.manual_seed(seed_of(self.settings.seed, 'dropout', self.step, *names))
 

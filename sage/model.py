@@ -222,6 +222,7 @@ def official_sizes(
 # %% ../nbs/14_model.ipynb #74d4eb16
 def build_sage(
     sizes:dict, # as `official_sizes` gives it
+    device='cpu', # of its tensors
 ) -> SAGE:
     "A model of these sizes with empty (not initialised) tensors."
     try:
@@ -230,7 +231,7 @@ def build_sage(
             probing = SoftProbing(body.dim, **sizes['probing'])
             model = SAGE(body, probing, InteractHead(**sizes['interact']) if sizes['interact'] else None, dict(sizes=sizes))
     except (AssertionError, ZeroDivisionError) as e: raise UserError(f'no vision transformer has these sizes ({e}): {sizes["vit"]}; give num_heads= and img_size=') from e
-    return model.to_empty(device='cpu')
+    return model.to_empty(device=device)
 
 def load_official(
     checkpoint_or_state_dict:str|Path|dict, # a file, or a dictionary with or without `model_state_dict`
@@ -385,21 +386,39 @@ def read_header(
         with safetensors.safe_open(path, 'pt') as f: header = f.metadata() or {}
     except (safetensors.SafetensorError, OSError) as e: raise UserError(f'{path} is no SAGE checkpoint (not a safetensors file); the authors\' released weights are a .pth file') from e
     if header.get('format') != FORMAT: raise UserError(f'{path} is no SAGE checkpoint ({header.get("format", "no format")!r} where {FORMAT!r} is expected); the authors\' released weights are a .pth file')
-    try: return header | {k: json.loads(header[k]) for k in ('model', 'config', 'pca') if k != 'pca' or k in header}
-    except (KeyError, ValueError, RecursionError) as e: raise UserError(f'{path}: the header of this checkpoint is damaged; save it again') from e
+    try: parts = {k: json.loads(header[k]) for k in ('model', 'config', 'pca') if k != 'pca' or k in header}
+    except (KeyError, ValueError, RecursionError) as e: raise _bad_header(path) from e
+    if any(not isinstance(v, dict) for v in parts.values()) or not {'holds', 'backbone_sha256'} <= {*header}: raise _bad_header(path)
+    return header | parts
+
+def _bad_header(path): return UserError(f'{path}: the header of this checkpoint is damaged; save it again')
 
 # %% ../nbs/14_model.ipynb #5ca02be8
+def _described(config, pretrained, device='cpu'): # the model that a header tells of
+    return build_sage(config['sizes'], device) if 'sizes' in config else create_sage(**config | dict(pretrained=pretrained))
+
+def _check_described(config, state, whole, path):
+    "UserError where a header describes no model, or one with other tensors: before anything is loaded, downloaded or given memory."
+    try:
+        if config.get('sizes', {}).get('vit', {}).get('depth', 0) > len(state): raise ValueError('more blocks than tensors')
+        with torch.device('meta'): blank = _described(config, False, 'meta')
+        want = blank.state_dict() if whole else blank.trainable_state()
+    except UserError as e: raise UserError(f'{path}: its header describes no model: {e}') from None
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, AssertionError) as e: raise _bad_header(path) from e
+    shapes = lambda d: {k: tuple(v.shape) for k, v in d.items()}
+    explain_mismatch(shapes(want), shapes(state), path)
+
 def load_sage(
     path:str|Path, # a file of `save_sage`
     pretrained:bool|str|Path=True, # where the frozen backbone comes from, see `create_sage`
 ) -> SAGE: # in eval mode
     "The saved model; UserError where the file or the frozen backbone is not the one it was trained with."
     header, state = read_header(path), read_checked(path)[0]
-    config, pca = header['model'], {k.removeprefix('pca.'): state.pop(k) for k in list(state) if k.startswith('pca.')}
-    if header['holds'] == 'all': model = build_sage(config['sizes']) if 'sizes' in config else create_sage(**config | dict(pretrained=False))
-    else: model = create_sage(**config | dict(pretrained=pretrained))
-    model.backbone.fuse(config.get('fused', True))
-    if header['holds'] == 'all': load_all(model, state, path)
+    config, pca, whole = header['model'], {k.removeprefix('pca.'): state.pop(k) for k in list(state) if k.startswith('pca.')}, header['holds'] == 'all'
+    _check_described(config, state, whole, path)
+    model = _described(config, False if whole else pretrained)
+    model.backbone.fuse(bool(config.get('fused', True)))
+    if whole: load_all(model, state, path)
     else:
         if fingerprint(model.backbone) != header['backbone_sha256']:
             raise UserError(f"{path} was trained on other weights of {config['backbone']} than these: give the file it was trained on as pretrained='FILE'")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'TURNS', 'MOST_PIXELS', 'image_names', 'list_images', 'locate_images', 'read_csv', 'numbers',
            'check_metres', 'whole_numbers', 'check_unique', 'image_errors', 'open_image', 'photo_label', 'rgb',
-           'upright', 'inside', 'find_photo_csv', 'unread_csvs', 'read_photos']
+           'upright', 'below', 'inside', 'find_photo_csv', 'unread_csvs', 'read_photos']
 
 # %% ../nbs/03_photos.ipynb #5af460f8
 import os, re, struct, warnings
@@ -89,6 +89,7 @@ def read_csv(
     except UnicodeDecodeError: raise UserError(f'{path} is not UTF-8 text; save it again as csv in UTF-8') from None
     except (pd.errors.EmptyDataError, pd.errors.ParserError) as e: raise UserError(f'{path} cannot be read as a csv: {" ".join(str(e).split())}') from None
     df.columns = df.columns.str.strip()
+    if df.columns.has_duplicates: raise UserError(f'{path} has the column {df.columns[df.columns.duplicated()][0]!r} twice; leave one')
     for first, *others in (c.split('|') for c in columns):
         if first not in df: df = df.rename(columns={o: first for o in others})
         if first not in df: raise UserError(f"{path} has no column {' or '.join(map(repr, [first, *others]))}; expected are {wanted}")
@@ -253,20 +254,29 @@ def _label_or_reason(path):
     except UserError as e: return str(e)
 
 # %% ../nbs/03_photos.ipynb #025a79e6
-def inside(
+def below(
     root:Path, # folder
     names,     # paths relative to it
-    csv,       # the file that names them, for the message
-) -> list:     # absolute paths as text
-    "Paths of `names` below `root`, links followed. Raises `UserError` for one that leads out, `MissingPath` for absent ones."
-    real, top = cache(os.path.realpath), os.path.realpath(root)
-    paths = []
+    source,    # the file that names them, for the message
+) -> list:     # absolute paths as text, of files that may be absent
+    "Paths of `names` below `root`, links followed. Raises `UserError` for one that leads out."
+    real, top, paths = cache(os.path.realpath), os.path.realpath(root), []
     for name in names:
+        if '\0' in name: raise UserError(f'{source}: the path {name!r} holds a character that no file name has; correct it')
         folder, file = os.path.split(os.path.join(top, name))
         path = os.path.join(real(folder), file)
         if os.path.islink(path) or file in ('', '.', '..'): path = os.path.realpath(path)
-        if not path.startswith(os.path.join(top, '')): raise UserError(f'{csv}: the path {name!r} leads out of {root}; name images inside that folder')
+        if not path.startswith(os.path.join(top, '')): raise UserError(f'{source}: the path {name!r} leads out of {root}; name images inside that folder')
         paths.append(path)
+    return paths
+
+def inside(
+    root:Path, # folder
+    names:list, # paths relative to it
+    csv,       # the file that names them, for the message
+) -> list:     # absolute paths as text
+    "Paths of `names`, files below `root`. Raises `UserError` as `below`, `MissingPath` for absent ones."
+    paths = below(root, names, csv)
     absent = [n for n, p in zip(names, paths) if not os.path.isfile(p)]
     if absent: raise MissingPath(f'{csv}: {len(absent):,} of the {len(names):,} images it names are not in {root}, e.g. {", ".join(absent[:3])}')
     return paths
@@ -286,6 +296,14 @@ def _zones(df, csv):
         except UserError as e: raise UserError(f'{csv}: {e}') from None
     return zone
 
+def _one_plane(easting, northing, zone, name, csv):
+    "Columns easting, northing, zone and city for metres: as they are where they share a zone; metres of two zones are no distances, and are measured anew."
+    if zone.nunique() < 2: return dict(easting=easting, northing=northing, zone=zone, city=name)
+    if (zone == '').any(): raise UserError(f'{csv}: row {zone.index[(zone == "").to_numpy().argmax()]} has no zone, and other rows have one; fill it in')
+    lat, lon = np.empty(len(zone)), np.empty(len(zone))
+    for z, rows in zone.reset_index(drop=True).groupby(zone.to_numpy()).indices.items(): lat[rows], lon[rows] = to_latlon(easting[rows], northing[rows], z)
+    return _metres(lat, lon, name)
+
 def _read_photo_csv(root, csv):
     "Table of the photographs that a csv names, whether it names places, and a list of (path, reason) of those without a position."
     df = read_csv(csv, 'path')
@@ -301,7 +319,7 @@ def _read_photo_csv(root, csv):
     first, second = (numbers(df, c, csv) for c in pair)
     if degrees: check_latlon(first, second, csv, df.index)
     else: check_metres(df, pair, csv)
-    where = _metres(first, second, root.name) if degrees else dict(easting=first, northing=second, zone=_zones(df, csv), city=root.name)
+    where = _metres(first, second, root.name) if degrees else _one_plane(first, second, _zones(df, csv), root.name, csv)
     more = {c: df[c].str.strip() if c == 'time' else numbers(df, c, csv, needed=False) % 360 % 360 for c in ('heading', 'time') if c in df}
     return fill_table(image=image, place=_csv_places(df, csv) if 'place' in df else 0, **where, **more), 'place' in df, left_out
 

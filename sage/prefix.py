@@ -82,11 +82,11 @@ class Kept:
     def read(self,
         paths, # of images that are kept
     ) -> torch.Tensor: # [n, 1+L, C] float16
-        "Their tokens."
+        "Their tokens. Raises `UserError` for an image that changed since `find`."
         out = np.empty((len(paths), *self.shape), np.float16)
         for i, p in enumerate(paths):
-            part, row = self.where[image_key(p)]
-            out[i] = self.parts[part][row]
+            if (at := self.where.get(image_key(p))) is None: raise UserError(f'{p}: changed while its tokens were looked for; leave the images alone while something works with them')
+            out[i] = self.parts[at[0]][at[1]]
         return torch.from_numpy(out)
 
 # %% ../nbs/15_prefix.ipynb #dc0ccfc5

@@ -302,7 +302,7 @@ def _fill(report, root, kind):
     df = pd.concat(tables, ignore_index=True)
     csv = find_photo_csv(root) if kind == 'photos' else None
     report.counts = count_table(df)
-    report.warnings += oddities(df, kind in ('gsv', 'msls') or kind == 'photos' and csv is not None and 'place' in read_csv(csv))
+    report.warnings += oddities(df, kind in ('gsv', 'msls', 'utm') or kind == 'photos' and csv is not None and 'place' in read_csv(csv))
     report.serves += _trains(df)
     if kind == 'photos':
         report.serves.append(f'a map: sage_where PHOTO --map …, {len(df):,} photographs with a position')

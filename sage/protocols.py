@@ -20,8 +20,9 @@ from scipy.io.matlab import MatReadError
 
 from .core import MissingPath, UserError, existing
 from .places import make_table
-from .photos import IMAGE_SUFFIXES, list_images, read_csv
+from .photos import IMAGE_SUFFIXES, below, list_images, read_csv
 from .formats import read_msls, utm_fields
+from .run import damage
 from .retrieval import positives_within
 
 # %% ../nbs/41_protocols.ipynb #8c519189
@@ -132,7 +133,7 @@ def protocol_table(
 
 # %% ../nbs/41_protocols.ipynb #2bd99911
 def _natural(name:str)->list: # sort key in which 'img9' comes before 'img10'
-    return [(1, int(part), '') if part.isdigit() else (0, 0, part) for part in re.split(r'(\d+)', name)]
+    return [(1, int(part), '') if part.isascii() and part.isdigit() else (0, 0, part) for part in re.split(r'(\d+)', name)]
 
 def frame_numbers(
     database:list, # names of the database images, without suffix
@@ -247,7 +248,7 @@ def read_mat(
     "Pittsburgh's `dbStruct`: dbImage, utmDb [2, N], qImage, utmQ [2, Q]. `UserError` for another file."
     try: struct = loadmat(path, simplify_cells=True, variable_names=['dbStruct']).get('dbStruct')
     except NotImplementedError: raise UserError(f"{path} is a MATLAB file of version 7.3; save it again in MATLAB with save(…, '-v7')") from None
-    except (MatReadError, ValueError, TypeError, IndexError, OSError) as e: raise UserError(f'{path} is not a MATLAB file this can read: {e}') from e
+    except (MatReadError, *damage()) as e: raise UserError(f'{path} is not a MATLAB file this can read: {e}') from e
     missing = [k for k in ('dbImage', 'utmDb', 'qImage', 'utmQ') if not isinstance(struct, dict) or k not in struct]
     if missing: raise UserError(f"{path} has no dbStruct.{missing[0]}; a Pittsburgh dbStruct holds dbImage, utmDb, qImage and utmQ")
     real = root/'queries_real'
@@ -259,7 +260,7 @@ def _mat_side(path, names, utm, folder, role):
     if utm.dtype.kind not in 'fiu' or utm.ndim != 2 or 2 not in utm.shape: raise UserError(f'{path} holds {role} coordinates of shape {list(utm.shape)}; expected easting and northing in metres, [2, {len(names)}]')
     utm = utm.astype(float) if len(utm) == 2 else utm.T.astype(float)
     if len(names) != utm.shape[1]: raise UserError(f'{path} names {len(names):,} {role} images but holds {utm.shape[1]:,} coordinates')
-    return make_table(image=[str((folder/str(n)).absolute()) for n in names], city='pittsburgh', place=np.arange(len(names)), easting=utm[0], northing=utm[1],
+    return make_table(image=below(folder, map(str, names), path), city='pittsburgh', place=np.arange(len(names)), easting=utm[0], northing=utm[1],
                       zone='17N', role=role, split='test')
 
 # %% ../nbs/41_protocols.ipynb #e478feff

@@ -9,7 +9,7 @@ __all__ = ['LEFTOVER', 'FILES', 'SHAPES', 'KINDS', 'remove', 'sweep', 'epoch_nam
            'checkpoint_paths', 'pause_path', 'Stopped', 'started', 'alone', 'holder']
 
 # %% ../nbs/30_run.ipynb #9128c816
-import fcntl, json, os, platform, re, shutil, struct, time, tokenize, zipfile, zlib
+import fcntl, json, os, platform, re, shutil, struct, time, tokenize, uuid, zipfile, zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -18,14 +18,16 @@ from fastcore.basics import patch
 from .core import UserError, MissingPath, atomic, stream
 
 # %% ../nbs/30_run.ipynb #73d7f3de
-LEFTOVER = r'\.(config|metrics|failed|report|\d+(\.resume|\.pause)?)-[0-9a-f]{8}'    # names of writes that were interrupted
+LEFTOVER = r'\.(config|metrics|failed|report|epochs|checkpoints|tables|\d+(\.resume|\.pause)?)-[0-9a-f]{8}'    # names of writes and removals that were interrupted
 FILES = ('nodes', 'edges', 'cliques')                       # the tables of an epoch, each a parquet file
 
 def remove(
     path:Path, # file or folder
 ):
-    "Delete a file or a whole folder."
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    "Delete a file, or a whole folder, of which no half is ever seen under its name."
+    if not path.is_dir(): return path.unlink()
+    if not path.name.startswith('.'): path = path.rename(path.with_name(f'.{path.name}-{uuid.uuid4().hex[:8]}'))
+    shutil.rmtree(path)
 
 def sweep(
     path:Path, # a run folder
@@ -240,7 +242,7 @@ def write_epoch(self:Run,
 def epochs(self:Run) -> list: # ascending
     "Numbers of the complete epochs."
     folder = self.path/'epochs'
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir()) if folder.is_dir() else []
+    return sorted(int(p.name) for p in folder.iterdir() if re.fullmatch('[0-9]+', p.name) and p.is_dir()) if folder.is_dir() else []
 
 # %% ../nbs/30_run.ipynb #9f7ccda8
 def epoch_file(
@@ -393,7 +395,7 @@ def checkpoints(self:Run) -> dict: # epoch → path of the trained weights, asce
     "The checkpoints there are."
     folder = self.path/'checkpoints'
     found = folder.glob('[0-9]*.safetensors') if folder.is_dir() else []
-    return dict(sorted((int(p.stem), p) for p in found if p.stem.isdigit()))
+    return dict(sorted((int(p.stem), p) for p in found if re.fullmatch('[0-9]+', p.stem)))
 
 @patch
 def resumable(self:Run) -> list: # ascending
@@ -452,6 +454,13 @@ def started(
     except PermissionError: return 'unknown'                                                        # another user's: it is there
     return '' if state[0] in 'ZX' else f'{Path("/proc/sys/kernel/random/boot_id").read_text().strip()} {state[19]}'
 
+def _space(): # whose process numbers these are: a container has its own, under the host's name or another
+    try: return os.readlink('/proc/self/ns/pid')
+    except OSError: return ''
+
+def _elsewhere(owner): # whether its process number says nothing here
+    return owner['host'] != platform.node() or owner.get('space', _space()) != _space()
+
 @contextmanager
 def _one_at_a_time(path): # the file at `path`, open, while nobody else is in here; made where it is not there
     while True:
@@ -466,11 +475,11 @@ def alone(
     path, # a run folder; made where it is not there
 ):
     "Hold a run folder against every other process. Raises UserError naming the one that has it; one that has ended has it no more."
-    lock, me = Path(path)/'lock.json', dict(pid=os.getpid(), host=platform.node(), started=started(os.getpid()), since=time.strftime('%Y-%m-%d %H:%M'))
+    lock, me = Path(path)/'lock.json', dict(pid=os.getpid(), host=platform.node(), space=_space(), started=started(os.getpid()), since=time.strftime('%Y-%m-%d %H:%M'))
     lock.parent.mkdir(parents=True, exist_ok=True)
     with naming(lock), _one_at_a_time(lock) as f:
         owner = holder(lock)
-        if owner: raise UserError(f'{path}: process {owner["pid"]} on {owner["host"]} has been writing this run since {owner["since"]}; wait for it, stop it, or choose another folder' + (f' (if it has ended, remove {lock})' if owner['host'] != me['host'] else ''))
+        if owner: raise UserError(f'{path}: process {owner["pid"]} on {owner["host"]} has been writing this run since {owner["since"]}; wait for it, stop it, or choose another folder' + (f' (if it has ended, remove {lock})' if _elsewhere(owner) else ''))
         f.truncate(0)
         f.write(json.dumps(me))
         f.flush()
@@ -492,6 +501,6 @@ def holder(
 ) -> dict:     # pid, host, started, since; {} where nobody holds it
     "Who writes a run."
     owner = _read_lock(lock)
-    if owner.get('host') != platform.node(): return owner
+    if not owner or _elsewhere(owner): return owner
     now = started(owner['pid'])
     return owner if now and now == owner['started'] else {}

@@ -61,7 +61,7 @@ class Settings:
     chunk:int = 0                    # images through the last blocks at a time in training: less memory, same loss; 0: all
     workers:int = 0                  # processes that decode; never changes a result
     embed_batch:int = 64             # images at a time in mining and validation
-    cache_gb:float = 0.              # gigabytes for kept tokens, of memory or of prefix_cache; 0 keeps none
+    cache_gb:float = 0.              # gigabytes for kept tokens, of a machine's memory (each of its processes keeps its own) or of prefix_cache; 0 keeps none
     prefix_cache:str = ''            # folder for kept tokens, shared by trainings; empty: memory
     record_graph:bool = True         # write each epoch's graph, embedding for it where the strategy would not
     log_every:int = 10               # steps between rows of the metrics

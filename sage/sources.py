@@ -215,5 +215,5 @@ def load_checkpoint(
         path = run.checkpoints()[best]
     if not path.exists(): raise MissingPath(f"{path}: no such checkpoint; give a .safetensors file, a run folder, or the authors' .pth")
     if path.suffix in ('.pth', '.pt', '.ckpt', '.bin'): return load_official(path), path.stem, {}
-    name = f'{path.parents[1].name} epoch {int(path.stem)}' if path.parent.name == 'checkpoints' and path.stem.isdigit() else path.stem
+    name = f'{path.parents[1].name} epoch {int(path.stem)}' if path.parent.name == 'checkpoints' and path.stem.isascii() and path.stem.isdigit() else path.stem
     return load_sage(path), name, read_header(path)['config'].get('settings', {})

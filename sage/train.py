@@ -15,7 +15,7 @@ from itertools import islice
 import lightning as L, numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 from .core import MissingPath, UserError, pick_device, pick_precision, seed_of
 from .places import check_table
 from .images import check_size, eval_transform, train_transform
@@ -26,7 +26,7 @@ from .graph import GeoSide, epoch_graph
 from .batches import CliqueBatches
 from .retrieval import recall_from_ranks, search
 from .run import Run, Stopped, alone, answers_of, checkpoint_paths, pause_path, write_json
-from .feed import Sources, Steps, Validation, Views, autocast, bar, cache_bytes, deaf, embed, one_image_each, prefix_cache
+from .feed import Loader, Sources, Steps, Validation, Views, autocast, bar, cache_bytes, deaf, embed, one_image_each, prefix_cache
 from .settings import Settings, make_model, precision_of, recorded_settings
 from .learner import SageModule, load_state, save_state
 from .resume import load_weights, open_run, read_weights, save_checkpoint
@@ -44,7 +44,7 @@ class Supply:
     ):
         self.settings, self.model, self.tick, self.caches = settings, model, tick, {} if caches is None else caches
         self.tables = check_sources(train_tables, val_tables)
-        self.left = settings.cache_gb * 1e9 - sum(t.numel() * t.element_size() for t in self.caches.values())
+        self.left = settings.cache_gb * 1e9 / told()['here'] - sum(t.numel() * t.element_size() for t in self.caches.values())
         precision_of(settings, model)
         self.geo = GeoSide(self.tables['mined'], settings.radius)
         self.batches = samplers(settings, self.tables, self.geo)
@@ -494,7 +494,7 @@ def fit(
             with alone(run) if first() else nullcontext():
                 callback.run, callback.epoch = open_run(run, settings, model, supply.tables, [v.name for v in supply.validations], resume)
                 if from_first(callback.epoch >= settings.epochs and callback.epoch in set(callback.run.metrics().epoch)): return callback.run
-                loader = DataLoader(Sources(supply.sources), batch_sampler=callback.steps, num_workers=0 if all(v.tokens is not None for v in supply.sources) else settings.workers,
+                loader = Loader(Sources(supply.sources), batch_sampler=callback.steps, num_workers=0 if all(v.tokens is not None for v in supply.sources) else settings.workers,
                                     generator=torch.Generator().manual_seed(0), pin_memory=device.type == 'cuda', worker_init_fn=deaf)
                 trainer = make_trainer(settings, device, max(0, settings.epochs - callback.epoch), callback)
                 module = SageModule(model, settings)

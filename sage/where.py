@@ -16,7 +16,6 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import torch
 from scipy.spatial import cKDTree
 from torch import nn
@@ -27,6 +26,7 @@ from .geo import to_latlon
 from .images import check_size, eval_transform, load_image
 from .model import create_sage
 from .photos import find_photo_csv, read_photos
+from .run import damage
 
 # %% ../nbs/46_where.ipynb #9f74fede
 def packaged_model() -> tuple: # (model, what it is in words, image size)
@@ -204,7 +204,7 @@ def _opened(root, folder, about):
             if os.stat(folder/name).st_size != size: raise harm(f'{name} has not {size:,} bytes')
         files, index = pd.read_parquet(folder/about['files']), faiss.read_index(str(folder/about['index']), faiss.IO_FLAG_MMAP_IFC)
     except UserError: raise
-    except (pa.ArrowException, RuntimeError, ValueError, OSError) as e:
+    except damage() as e:
         gone = [n for n in about['bytes'] if not (folder/n).exists()]
         if gone: raise MissingPath(f'{folder/gone[0]}: this part of the index is gone; make it again with --rebuild') from None
         raise harm(' '.join(str(e).split())[:80]) from None

@@ -15,5 +15,6 @@ def test_the_step_on_a_gpu_is_ready(root, tmp_path):
     assert kept == other and [r['way'] for r in rows] == ['eager', 'sdpa'] and all('failed' not in r for r in rows), rows
     for r in rows:
         assert set(r['parts']) == {'frozen blocks', 'last blocks', 'probing', 'miner and loss', 'backward', 'optimizer'} and abs(sum(r['parts'].values()) - 1) < 1e-6
-        assert r['train_images_per_s'] > 0 and r['describe_images_per_s'] > 0 and r['mfu'] > 0 and r['parts']['backward'] > .05
+        assert r['train_images_per_s'] > 0 and r['describe_images_per_s'] > 0 and 1 > r['mfu'] > 0 and 1 > r['describe_mfu'] > 0 and r['train_ratio'] > 0 and r['describe_ratio'] > 0 and r['parts']['backward'] > .05
+    assert rows[0]['train_ratio'] == 1 and 'nano 56²' in done.stdout and '(bar 45 %)' in done.stdout
     assert rows[0]['expected'] is None and rows[1]['expected'] > 1e6

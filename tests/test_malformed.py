@@ -116,6 +116,9 @@ TRAIN = [
     ('photos', put('where.csv', 'path,easting,northing\np_0.jpg,1e999,2\np_1.jpg,1,2\n'), 'easting'),
     ('photos', put('where.csv', 'path,lat,lon,place\np_0.jpg,1,2,\n'), 'no place'),
     ('photos', put('where.csv', 'path,lat,lon\nx\0y.jpg,1,2\n'), 'where.csv'),
+    ('photos', put('where.csv', 'path,lat,lon\nx\0y/0.jpg,1,2\n'), 'no file name has'),
+    ('photos', put('where.csv', 'path ,path,lat,lon\np_0.jpg,p_1.jpg,1,2\n'), "column 'path' twice"),
+    ('photos', put('where.csv', 'path,easting,northing,zone\np_0.jpg,5e5,5.3e6,32N\np_1.jpg,5e5,5.3e6,33N\np_2.jpg,5e5,5.3e6,\n'), 'row 2 has no zone'),
     ('photos', put('where.csv', 'path,easting,northing,zone\np_0.jpg,1,2,99Z\np_1.jpg,1,2,99Z\n'), "UTM zone '99Z' is unknown"),
 ]
 
@@ -160,6 +163,8 @@ MATS = [
     (lambda t: pitts(t, **ONE | dict(utmDb=np.array(['x', 'y'], dtype=object))), 'pitts30k_test.mat'),
     (lambda t: pitts(t, **ONE | dict(utmQ=np.full((2, 1), np.nan))), 'nan'),
     (lambda t: pitts(t, **{k: v for k, v in ONE.items() if k != 'utmQ'}), 'utmQ'),
+    (lambda t: pitts(t, **ONE | dict(dbImage=np.array(['../../x.jpg'], dtype=object))), 'leads out'),
+    (lambda t: pitts(t, **ONE | dict(qImage=np.array(['/etc/passwd'], dtype=object))), 'leads out'),
 ]
 
 

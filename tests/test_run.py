@@ -1,9 +1,9 @@
 "The run folder: what a crash, a careless user or a damaged copy may leave behind."
-import json, os, signal, subprocess, sys, tempfile, time
+import json, os, shutil, signal, subprocess, sys, tempfile, time
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from sage.core import MissingPath, UserError
-from sage.run import Run, answers_of, append_line, checkpoint_paths, plain, read_lines, reduce_descriptors
+from sage.run import Run, alone, answers_of, append_line, checkpoint_paths, plain, read_lines, reduce_descriptors
 
 def tables(n=5, seed=0):
     g = np.random.default_rng(seed)
@@ -130,6 +130,37 @@ def test_truncate(run):
     run.truncate(1)
     assert run.epochs() == [0, 1] and run.resumable() == [0, 1] and set(run.metrics('').epoch) == {0, 1}
     assert all(p.exists() for p in keep) and not list((run.path/'checkpoints').glob('.0002*'))
+
+def test_names_that_look_like_numbers(run):
+    "Digits that Python counts as such and cannot read, and folders that somebody put there."
+    run.write_epoch(0, *tables())
+    checkpoint_paths(run, 0)[0].write_bytes(b'')
+    for name in ('²', '1²', '٣'): (run.path/'epochs'/name).mkdir(); (run.path/'checkpoints'/f'1{name}.safetensors').touch()
+    assert run.epochs() == [0] and list(run.checkpoints()) == [0]
+
+def test_an_epoch_is_removed_at_once(run, monkeypatch):
+    "A kill while a folder is deleted leaves nothing that reads as an epoch, and what it leaves is swept."
+    run.write_epoch(0, *tables())
+    run.write_epoch(1, *tables())
+    def killed(path): raise KeyboardInterrupt
+    monkeypatch.setattr(shutil, 'rmtree', killed)
+    with pytest.raises(KeyboardInterrupt): run.truncate(-1)
+    monkeypatch.undo()
+    left = run.epochs()
+    assert left == [1] and len(run.nodes(1)) == 5 and len(list((run.path/'epochs').glob('.0000-*'))) == 1
+    run.truncate(-1)
+    assert run.epochs() == [] and not list((run.path/'epochs').iterdir())
+
+def test_a_lock_from_another_container(tmp_path, monkeypatch):
+    "Two containers may share the host's name, and neither sees the other's processes."
+    from sage import run as module
+    theirs = dict(pid=2**22 + 1, host=os.uname().nodename, space='pid:[1]', started='x', since='2026-01-02 03:04')
+    (tmp_path/'lock.json').write_text(json.dumps(theirs))
+    if not module._space(): pytest.skip('this system counts processes in one space')
+    with pytest.raises(UserError, match='if it has ended, remove'):
+        with alone(tmp_path): pass
+    (tmp_path/'lock.json').write_text(json.dumps(theirs | dict(space=module._space())))   # here, and gone
+    with alone(tmp_path): pass
 
 KILLED = '''
 import sys, numpy as np, pandas as pd
