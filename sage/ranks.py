@@ -39,7 +39,9 @@ def joined(
     if cuda: torch.cuda.set_device(me['local'])
     dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(hours=2))   # the first one may search or draw for long
     try: yield
-    finally: dist.destroy_process_group()
+    finally:
+        time.sleep(.1)                                         # torch's threads may still be letting go of what was sent last: destroying would hold Python's lock and wait for them, and they for the lock (seen with 2.6)
+        dist.destroy_process_group()
 
 # %% ../nbs/29_ranks.ipynb #f9385a1b
 def share(
