@@ -38,7 +38,9 @@ browser:
 	@$(find_py); "$$py" -m pytest -q tests/test_browser.py
 
 torture:
-	@$(find_py); SAGE_TORTURE=1 "$$py" -m pytest -q -s tests/faults && "$$py" tests/faults/long.py && "$$py" tests/faults/long.py --records 1000 && "$$py" tools/mutate.py $(ARGS)
+	@$(find_py); failed=''; try() { name=$$1; shift; echo "== $$name"; "$$@" || failed="$$failed, $$name"; }; \
+	  try 'faults' env SAGE_TORTURE=1 "$$py" -m pytest -q -s tests/faults; try 'long run' "$$py" tests/faults/long.py; try 'long records' "$$py" tests/faults/long.py --records 1000; \
+	  try 'mutants' "$$py" tools/mutate.py $(ARGS); [ -z "$$failed" ] || { echo "failed: $${failed#, }"; exit 1; }
 
 lowest:
 	@py=$$($(PYTHON) tools/env.py lowest) && "$$py" tools/check.py quick

@@ -5,7 +5,10 @@ from pathlib import Path
 os.environ.setdefault('OMP_NUM_THREADS', str(min(4, os.cpu_count() or 1)))  # before anything imports torch
 os.environ.setdefault('MPLBACKEND', 'agg')
 
-import pytest
+import hypothesis, pytest
+
+hypothesis.settings.register_profile('sage', deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], derandomize=not os.environ.get('SAGE_TORTURE'))     # a slow machine is no mistake; make torture looks for what is new
+hypothesis.settings.load_profile('sage')
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -256,7 +256,7 @@ def test_ctrl_c_ends_with_a_sentence_and_can_be_resumed(sets, tmp_path, capsys):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(.2)
     process.send_signal(signal.SIGINT)
-    err = process.communicate(timeout=120)[1]
+    err = process.communicate(timeout=240)[1]
     assert process.returncode == 130 and 'Traceback' not in err, err
     assert [line for line in err.splitlines() if line.startswith('sage_train: stopped after step') and 'can be resumed' in line], err
     run = Run(tmp_path/'run')

@@ -50,9 +50,9 @@ def test_every_pair_by_geodesic(daejeon, radius):
     assert len(d) == 32_380 and len(q) == 500
     pairs = all_pairs(q, d, radius + 5)
     metres = geodesic(q[pairs[:, 0]], d[pairs[:, 1]])
-    start = time.perf_counter()
+    start = time.process_time()                                   # of this process: others may keep the machine busy
     got = positives_within(table(q, role='query'), table(d), radius)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     ours = {(i, int(j)) for i, p in enumerate(got) for j in p}
     inside, clear = metres <= radius, np.abs(metres - radius) > EDGE
     want = {tuple(map(int, p)) for p in pairs[inside]}
@@ -78,10 +78,10 @@ def test_the_scale_of_utm_explains_the_edge(daejeon):
 def test_all_images_under_five_seconds(daejeon):
     "The whole database against itself."
     _, d = daejeon
-    start = time.perf_counter()
+    start = time.process_time()
     t = table(d)
     found = positives_within(t, t, 25.)
-    assert time.perf_counter() - start < 5 and all(i in p for i, p in enumerate(found[:100]))
+    assert time.process_time() - start < 5 and all(i in p for i, p in enumerate(found[:100]))
 
 
 # ---- two zones -------------------------------------------------------------------------------------------------

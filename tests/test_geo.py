@@ -48,9 +48,9 @@ def test_neighbors_are_mutual_and_fast():
     "Half a million images at a city's density: seconds, not N² (which would take an hour)."
     import time
     n = 500_000
-    xy = stream(0, 'fast').uniform(0, 5*n**.5, (n, 2)); start = time.perf_counter()
+    xy = stream(0, 'fast').uniform(0, 5*n**.5, (n, 2)); start = time.process_time()
     near = radius_neighbors(xy, 10)
-    assert time.perf_counter() - start < 30
+    assert time.process_time() - start < 30
     rows = np.repeat(np.arange(n), near.counts)
     assert (np.bincount(near.indices, minlength=n) == near.counts).all() and not (rows == near.indices).any()
     for i in (0, 123_456, n - 1):

@@ -87,9 +87,9 @@ def test_grid_cells_do_not_move_and_stay_small():
 def test_half_a_million_rows_are_quick():
     import time
     n = 500_000; rng = np.random.default_rng(0)
-    start = time.perf_counter()
+    start = time.process_time()
     df = make_table(image=[f'/photos/{i:09d}.jpg' for i in range(n)], city=np.array(['oslo', 'bern'])[rng.integers(0, 2, n)].tolist(), place=rng.integers(0, 60_000, n),
                     easting=rng.uniform(0, 1e4, n), northing=rng.uniform(0, 1e4, n))
     codes = place_rows(big_places(df, 4))[1]
     make_places(df.easting, df.northing)
-    assert len(codes) and time.perf_counter() - start < 20
+    assert len(codes) and time.process_time() - start < 20

@@ -1,5 +1,5 @@
 "Several processes train as one: same loss, same gradients, same batches; one run folder; failures and signals end all of them."
-import os, signal, socket, subprocess, sys, time
+import os, signal, socket, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file
@@ -9,7 +9,7 @@ from sage.formats import write_gsv, write_utm
 from sage.run import Run, checkpoint_paths, pause_path
 from sage.settings import Settings
 from test_cli import cards
-from test_train import settings, towns, train
+from test_train import settings, towns, train, wait_for
 
 STEP = """
 import sys, json
@@ -36,7 +36,7 @@ with joined('cpu'):
     if rank == 0: torch.save(dict(last=module.last, grads={k: p.grad for k, p in module.model.named_parameters() if p.requires_grad}), out)
 """
 
-def processes(code, n, *args, timeout=170):
+def processes(code, n, *args, timeout=400):
     "Run a script in n joined processes."
     script = f'import sys; from sage.ranks import launch; sys.exit(launch([sys.executable, "-c", {code!r}, *{[str(a) for a in args]!r}], {n}))'
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=timeout, env={**os.environ, 'OMP_NUM_THREADS': '1'})
@@ -68,7 +68,7 @@ FLAGS = ('--backbone sage_nano --image-size 56 --eval-size 56 --places-per-batch
 def command(data, folder, *more): return [sys.executable, '-m', 'sage.cli', 'train', '--data', str(data/'gsv'), '--val', str(data/'other'), '--run', str(folder), *FLAGS, *more]
 
 def sage_train(data, folder, *more):
-    return subprocess.run(command(data, folder, *more), capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    return subprocess.run(command(data, folder, *more), capture_output=True, text=True, timeout=600, env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 @pytest.fixture(scope='module')
 def one(data, tmp_path_factory):
@@ -97,17 +97,24 @@ def test_two_devices_train_as_one(data, one, tmp_path):
     assert done.returncode == 0 and done.stdout.count('run folder') == 1 and 'Traceback' not in done.stderr, done.stderr
     assert_like(Run(tmp_path/'two'), one)
 
-def machines(data, folder, *more):
+def machines(data, folder, *more, again=True):
     "The command on two machines (both are this one): a process each, that find one another by three variables."
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = str(s.getsockname()[1])
     where = lambda i: {**os.environ, 'OMP_NUM_THREADS': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'NODE_RANK': str(i)}
     running = [subprocess.Popen(command(data, folder, '--num-nodes', '2', *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=where(i)) for i in range(2)]
-    return [(p.communicate(timeout=300), p.returncode) for p in running]
+    try:
+        said = [running[0].communicate(timeout=600)]
+        if running[0].returncode: running[1].terminate()                            # it would wait for hours
+        said.append(running[1].communicate(timeout=600))
+    finally:
+        for p in running: p.terminate()
+    if again and running[0].returncode and 'address already in use' in said[0][1].lower(): return machines(data, folder, *more, again=False)      # somebody took the port
+    return [(s, p.returncode) for s, p in zip(said, running)]
 
 def torchrun(data, folder, *more):
     "The same under torchrun."
     how = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', '--', *command(data, folder, '--devices', '2', *more)[2:]]
-    done = subprocess.run(how, capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    done = subprocess.run(how, capture_output=True, text=True, timeout=600, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     return [((done.stdout, done.stderr), done.returncode)]
 
 @pytest.mark.parametrize('start', (machines, torchrun))
@@ -132,14 +139,19 @@ def test_a_mistake_that_all_meet_is_told_once(data, tmp_path):
     assert done.returncode == 2 and not (tmp_path/'run').exists()
     told_once(done.stderr, 'places of a batch could be filled')
 
+HELD = 'import sys; sys.path.insert(0, {path!r}); from test_train import hold_step; from sage import cli; hold_step(12); cli.main()'
+LAUNCH = 'import sys; from sage import cli; launch = cli.launch; cli.launch = lambda argv, *how: launch([argv[0], "-c", {held!r}, *argv[3:]], *how); cli.main()'
+
 def test_stopped_by_a_signal(data, one, tmp_path):
-    "All end after the same step, and one device goes on from there to what one device trains."
+    "All end after the same step, and one device goes on from there to what one device trains. The twelfth step waits for the signal."
     folder = tmp_path/'run'
-    p = subprocess.Popen(command(data, folder, '--devices', '2'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    argv = command(data, folder, '--devices', '2')
+    assert argv[1:3] == ['-m', 'sage.cli']
+    p = subprocess.Popen([argv[0], '-c', LAUNCH.format(held=HELD.format(path=os.path.dirname(__file__))), *argv[3:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     log = folder/'metrics.jsonl'
-    while p.poll() is None and (not log.exists() or '"kind": "step"' not in log.read_text()): time.sleep(.01)
+    wait_for(lambda: log.exists() and '"kind": "step"' in log.read_text(), p)
     p.send_signal(signal.SIGTERM)
-    _, err = p.communicate(timeout=90)
+    _, err = p.communicate(timeout=240)
     assert p.returncode == 143 and 'Traceback' not in err, err
     run, steps = Run(folder), len(Run(folder).metrics('step'))
     assert run.resumable()[-1] == steps // STEPS and pause_path(run, steps // STEPS).exists() == (steps % STEPS > 0), (steps, err)
@@ -148,7 +160,7 @@ def test_stopped_by_a_signal(data, one, tmp_path):
     assert_like(run, one)
 
 def describe(*args, **how):
-    return subprocess.run([sys.executable, '-m', 'sage.cli', 'describe', *map(str, args), '--size', '56', '--quiet', '--device', 'cpu'], capture_output=True, text=True, timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **how)
+    return subprocess.run([sys.executable, '-m', 'sage.cli', 'describe', *map(str, args), '--size', '56', '--quiet', '--device', 'cpu'], capture_output=True, text=True, timeout=400, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **how)
 
 def test_describe_in_parts(tmp_path, capsys):
     "Two processes write parts; what is there stays; a part without a readable image is a part; the whole is what one process makes."

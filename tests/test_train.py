@@ -210,9 +210,9 @@ def test_strategies_resume(towns, tmp_path, strategy, record):
 def test_work_is_done_beside():
     "Each waits for the other, so they must run together; what stops the work stops the body."
     a, b = threading.Event(), threading.Event()
-    def work(): a.set(); return b.wait(20)
+    def work(): a.set(); return b.wait(90)
     with beside(work) as answer:
-        assert a.wait(20); b.set()
+        assert a.wait(90); b.set()
         assert answer()[0]
     def stopped(): raise Stopped('stopped while drawing')
     with pytest.raises(Stopped, match='drawing'), beside(stopped) as answer: answer()
@@ -384,9 +384,10 @@ import sys, signal
 sys.path[:0] = {path!r}
 import torch; torch.set_num_threads(1)
 import pandas as pd
-from test_train import settings, train
+from test_train import hold_step, settings, train
 from sage.train import Stopped
 towns = [pd.read_parquet(p) for p in {tables!r}]
+hold_step(5)
 print('go', flush=True)
 try: train(settings(workers={workers}), towns, {run!r}, labelled=True)
 except Stopped as e: print(e, flush=True); sys.exit(128 + e.signum)
@@ -398,9 +399,22 @@ def child(towns, folder, run, workers=0):
     code = CHILD.format(path=[os.path.dirname(__file__), str(Path(sage.__file__).parents[1])], tables=paths, run=str(run), workers=workers)
     return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, 'PYTHONHASHSEED': '7'})
 
-def wait_for(condition, process, seconds=120):
+def hold_step(n):
+    "In a process that is to be stopped: its n-th step waits to be asked, so that it cannot be over before."
+    import sage.train as trains
+    listen, step, counted, stops = trains.stop_on_signals, SageModule.training_step, itertools.count(1), []
+    def listening(stop): stops.append(stop); return listen(stop)
+    def held(self, batch, index):
+        if next(counted) == n: stops[0].wait(300)
+        return step(self, batch, index)
+    trains.stop_on_signals, SageModule.training_step = listening, held
+
+def wait_for(condition, process, seconds=240):
     end = time.monotonic() + seconds
-    while not condition() and process.poll() is None and time.monotonic() < end: time.sleep(.002)
+    while not condition():
+        if process.poll() is None and time.monotonic() < end: time.sleep(.002); continue
+        code = process.poll(); process.terminate()
+        raise AssertionError(f'waited in vain; the process {"goes on" if code is None else f"ended with {code}"} and said {process.communicate(timeout=240)}')
 
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_cleanly(whole, towns, tmp_path, signum):
@@ -408,7 +422,7 @@ def test_signals_end_cleanly(whole, towns, tmp_path, signum):
     p = child(towns, tmp_path, run, workers=2)
     wait_for(lambda: (run/'checkpoints'/'0001.resume.safetensors').exists(), p)
     os.killpg(p.pid, signum)                                                       # as a terminal or a scheduler does: its workers get it too
-    out, err = p.communicate(timeout=120)
+    out, err = p.communicate(timeout=240)
     assert p.returncode == 128 + signum and 'stopped' in out and 'Traceback' not in err, err
     assert Run(run).resumable()[-1] >= 1
     made = Run(run).metrics('step').step.max()

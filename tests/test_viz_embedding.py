@@ -120,12 +120,12 @@ def test_graph_takes_the_positions(run):
 def test_fifty_thousand_points_are_placed_and_drawn(run, monkeypatch):
     g, n = np.random.default_rng(0), 50_000
     x = g.normal(size=(n, 16)).astype(np.float32)
-    start = time.perf_counter()
+    start = time.process_time()
     xy = placed(x, np.arange(0, n, 100), g.normal(size=(500, 2)))
     rows = pd.DataFrame(dict(city=g.choice(list('abc'), n), place=np.arange(n), condition='', easting=g.random(n), northing=g.random(n), node=np.arange(n), image=''))
     monkeypatch.setattr(E, 'embedding_positions', lambda *a: {e: xy for e in range(4)}); monkeypatch.setattr(E, 'embedded_rows', lambda *a: rows)
     fig = embedding_figure(run, 2, 'place')
-    assert len(fig.data[0].x) == n and time.perf_counter() - start < 12
+    assert len(fig.data[0].x) == n and time.process_time() - start < 12
     assert len(fig.to_json()) < 12e6
 
 def test_umap_is_imported_only_to_fit():

@@ -109,7 +109,7 @@ def evil_run(run, path):
 def test_hostile_names(run, tmp_path):
     page = map_html(clique_map(evil_run(run, tmp_path/'evil'))).replace(leaflet_head(), '')
     assert 'alert(1)' in page                                                            # the name is there
-    assert '<script>alert' not in page and '<img src=x' not in page and r'<img src=x' not in page
+    assert '<script>alert' not in page and not any(tag + name in page for tag in ('<', r'\u003c', r'\x3c') for name in ('img src=x', 'script>alert', r'script\u003ealert'))       # nor as HTML within a script
     for name in ('tip', 'card'):
         for value in re.findall(rf'"{name}": ("(?:[^"\\]|\\.)*")', page): assert '<img src=x' not in json.loads(value) and '<script' not in json.loads(value)
 
@@ -174,13 +174,13 @@ def test_many_photographs_are_thinned_and_that_is_said():
     assert len(dots) == 16_667 and 'photographs: 16,667 of 50,000' in [c.layer_name for c in m._children.values() if hasattr(c, 'layer_name')]
 
 def test_twenty_thousand_points_are_quick():
-    many, start = rows(20_000), time.perf_counter()
+    many, start = rows(20_000), time.process_time()
     m = empty_map()
     add_ground(m, many)
     fit(m, map_coordinates(many)[0])
     page = map_html(m)
     assert page.count('"type": "Point"') == 20_000 and len(page) < 6e6
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
 
 # in a browser, without a network
 
@@ -204,6 +204,7 @@ def chromium():
 def page(chromium):
     "A page that records what it asks for, what it says, and lets nothing out."
     context = chromium.new_context(viewport=dict(width=1100, height=720))
+    context.set_default_timeout(90_000)
     page, page.asked, page.said = context.new_page(), [], []
     stop = lambda route: (page.asked.append(route.request.url), route.abort()) if route.request.url.startswith('http') else route.continue_()
     context.route('**/*', stop)
@@ -216,16 +217,18 @@ def page(chromium):
 def show(page, m, path):
     Path(path).write_text(map_html(m), encoding='utf-8')
     page.goto(Path(path).as_uri())
-    page.wait_for_timeout(300)
+    seen(page, 'n.painted > 5000')
     return page.evaluate(COUNT)
+
+def seen(page, what): # until that is so of the counts
+    page.wait_for_function(f'() => {{const n = ({COUNT})(); return {what}}}')
 
 @pytest.mark.browser
 def test_map_in_a_browser(run, page, tmp_path):
     found = show(page, clique_map(run, [0, 4], [0, 1]), tmp_path/'m.html')
     assert (found['circle'], found['marker']) == (600 + 24, 8) and found['line'] >= 10 and found['painted'] > 5000
     page.locator('.leaflet-control-layers-overlays input').nth(4).check()                # another epoch's batch
-    page.wait_for_timeout(200)
-    assert page.evaluate(COUNT)['marker'] == 16
+    seen(page, 'n.marker === 16')
     page.locator('.sage-star').first.click(position=dict(x=8, y=10))
     assert 'anchor of slot' in page.locator('.leaflet-popup-content').inner_text()
     assert page.locator('.leaflet-popup-content img').get_attribute('src').startswith('data:image/jpeg')
@@ -236,6 +239,7 @@ def test_hostile_names_in_a_browser(run, page, tmp_path):
     show(page, clique_map(evil_run(run, tmp_path/'evil')), tmp_path/'m.html')
     page.locator('.sage-star').first.click(position=dict(x=8, y=10))
     assert 'alert(1)' in page.locator('.leaflet-popup-content').inner_text()              # as text
+    page.wait_for_timeout(300)                                                            # for what must not come
     assert page.asked == [] and page.said == []
 
 @pytest.mark.browser

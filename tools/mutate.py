@@ -3,7 +3,7 @@
     python tools/mutate.py                          # what `make torture` runs: 60 mutants of each module, the same ones every time
     python tools/mutate.py --modules geo --sample 0 # every mutant of one module
 
-Tests are those of the module in tests/ and the cells of its notebook. A mutant is killed when one of them fails or does not come to an end. Survivors are printed with the reason that tests/faults/survivors.toml gives.
+Tests are those of the module in tests/ and the cells of its notebook. A mutant is killed when one of them fails or does not come to an end. Survivors are printed with the reason that tests/faults/survivors.toml gives; one without a reason ends the tool with 1.
 Tools for this (mutmut, cosmic-ray) start an interpreter for each mutant and know no notebooks; here a process is forked that has already imported everything but the project, and machine code is kept."""
 import argparse, ast, copy, json, os, random, re, resource, shutil, signal, sys, tempfile, time, tomllib
 from pathlib import Path
@@ -192,6 +192,12 @@ def attack(name, count, seed):
     return killed, len(chosen), unknown
 
 
+def verdict(counts, least):
+    "What is wrong with {module: (killed, tried, survivors without a reason)}; '' where nothing is."
+    few, unknown = [name for name, (k, n, _) in counts.items() if 100*k < least*n], [f'{u} of {name}' for name, (_, _, u) in counts.items() if u]
+    return '; '.join([f'fewer than {least:g} % killed: {", ".join(few)}']*bool(few) + [f'survivors without a reason in {SURVIVORS.relative_to(ROOT)}: {", ".join(unknown)}']*bool(unknown))
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--modules', nargs='+', default=list(MODULES), choices=MODULES)
@@ -205,8 +211,7 @@ def main():
     counts = {name: attack(name, args.sample, args.seed) for name in args.modules}
     killed, tried = (sum(c[i] for c in counts.values()) for i in (0, 1))
     print(f'mutants killed: {killed} of {tried} ({100*killed/max(tried, 1):.0f} %)')
-    few = [name for name, (k, n, _) in counts.items() if 100*k < args.least*n]
-    if few: sys.exit(f'fewer than {args.least:g} % killed: {", ".join(few)}')
+    if wrong := verdict(counts, args.least): sys.exit(wrong)
 
 
 if __name__ == '__main__': main()

@@ -3,14 +3,16 @@
     python tests/faults/long.py --minutes 60       # what `make torture` runs
     python tests/faults/long.py --records 1000     # no training: how long a run of so many epochs takes to open
 
-Memory, threads and open files of the training and of the workbench are read every few seconds, and the files in the run folder and in the folder for temporary files are counted. Growth is from the mean of the
-second tenth of the time to the mean of the last tenth. At the end the run, with as many epochs as were trained, is opened anew."""
+Memory, threads and open files of the training, of the workbench and of the two processes beside it, which lay points out and look at photographs, are read every few seconds, and the files in the run folder and in
+the folder for temporary files are counted. Growth is from the mean of the second tenth of the time to the mean of the last tenth. At the end the run, with as many epochs as were trained, is opened anew.
+Ends with 1, and a sentence for each, where something grows, or where a run is read too slowly."""
 import argparse, json, os, shutil, signal, sys, tempfile, time
 from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(__file__))
 from victim import Run, child, said, tables, wait
-import pandas as pd
+import numpy as np, pandas as pd
+from sage.aside import layouts, networks
 from sage.workbench import Workbench
 
 
@@ -20,18 +22,45 @@ def held(pid):
     return dict(memory=int(status['VmRSS'].split()[0])/1024, threads=int(status['Threads']), files=len(os.listdir(f'/proc/{pid}/fd')))
 
 
+ASIDES = dict(layouts=layouts, networks=networks)
+
+def beside(which):
+    "The same of a process beside the workbench, and its number; nothing is known of one that has not begun, or has just ended."
+    try: return held(which().process.pid) | dict(number=which().process.pid)
+    except (AttributeError, OSError, KeyError): return dict.fromkeys(('memory', 'threads', 'files', 'number'), np.nan)
+
+
 def sample(start, training, folder):
-    "One row: both processes, and files that look temporary."
+    "One row: all four processes, and files that look temporary."
     hidden = sum(name.startswith('.') for _, folders, files in os.walk(folder) for name in folders + files)
-    return dict(seconds=time.monotonic() - start, **{f'training {k}': v for k, v in held(training).items()}, **{f'workbench {k}': v for k, v in held(os.getpid()).items()},
-                temporary=len(os.listdir(tempfile.gettempdir())), hidden=hidden)
+    held_by = dict(training=held(training), workbench=held(os.getpid())) | {name: beside(which) for name, which in ASIDES.items()}
+    return dict(seconds=time.monotonic() - start, **{f'{name} {k}': v for name, found in held_by.items() for k, v in found.items()}, temporary=len(os.listdir(tempfile.gettempdir())), hidden=hidden)
 
 
 def growth(rows):
     "First, last and growth of every column: from the mean of the second tenth of the rows to that of the last."
     tenth = max(1, len(rows)//10)
     first, last = rows.iloc[tenth:2*tenth].mean(), rows.iloc[-tenth:].mean()
-    return pd.DataFrame(dict(first=first, last=last, percent=100*(last/first - 1))).drop('seconds')
+    return pd.DataFrame(dict(first=first, last=last, percent=100*(last/first - 1))).drop(['seconds', *(f'{name} number' for name in ASIDES)])
+
+
+PERCENT, SECONDS = 2, 2                   # how much memory may grow; how long the records of a thousand epochs may take to be read
+
+def wrong(rows):
+    "What grew, in words, one sentence for each."
+    table = growth(rows)
+    memory, counts = table[table.index.str.endswith('memory')], table[table.index.str.endswith(('threads', 'files')) | (table.index == 'temporary')]
+    out = [f'{name} grew by {t.percent:.1f} % (bar {PERCENT} %)' for name, t in memory.iterrows() if t.percent >= PERCENT]
+    out += [f'{name.removesuffix(" memory")}: this process was not there to be looked at' for name, t in memory.iterrows() if np.isnan(t.percent)]
+    out += [f'{name} grew from {t["first"]:.1f} to {t["last"]:.1f}' for name, t in counts.iterrows() if t['last'] - t['first'] >= 1]
+    out += [f'{name}: {rows[f"{name} number"].nunique()} processes one after another, where one should last' for name in ASIDES if rows[f'{name} number'].nunique() > 1]
+    return out + [f'{table["last"]["hidden"]:.1f} hidden files are in the run folder']*bool(table['last']['hidden'] >= 1)
+
+
+def slow(epochs, read):
+    "A sentence where a run takes too long to be read."
+    most = SECONDS*max(1, epochs/1000)
+    return [f'{epochs:,} epochs of records are read in {read:.2f} s (bar {most:g} s)']*bool(read >= most)
 
 
 def opened(folder):
@@ -69,6 +98,7 @@ def main(minutes, every, folder):
         time.sleep(every)
         if p.exitcode is not None: raise SystemExit(f'the training ended with {p.exitcode}: {said(folder).read_text()}')
         bench.tabs.selected_index = len(rows) % len(bench.pages)
+        bench.painter.do(lambda node=len(rows)//len(bench.pages) % 8: bench.state.set(node=node))      # so that networks look at it
         rows.append(sample(start, p.pid, folder))
         if len(rows) % 60 == 0: print({k: round(v, 1) for k, v in rows[-1].items()}, len(Run(folder).epochs()), 'epochs', flush=True)
     bench.close()
@@ -91,13 +121,12 @@ if __name__ == '__main__':
         os.mkdir(tempfile.tempdir)
         if args.records:
             epochs, read, drawn = opened(recorded(folder, args.records))
-            print(f'{epochs:,} epochs of records ({(folder/"metrics.jsonl").stat().st_size:,} bytes of metrics) are read in {read:.2f} s; their workbench is drawn after {drawn:.2f} s (bar for 1,000: read in 2 s)')
-            sys.exit()
+            print(f'{epochs:,} epochs of records ({(folder/"metrics.jsonl").stat().st_size:,} bytes of metrics) are read in {read:.2f} s; their workbench is drawn after {drawn:.2f} s (bar for 1,000: read in {SECONDS} s)')
+            sys.exit('\n'.join(slow(epochs, read)) or 0)
         rows, code = main(args.minutes, args.every, folder)
-        table = growth(rows)
-        print(table.round(1).to_string())
+        print(growth(rows).round(1).to_string())
         epochs, read, drawn = opened(folder)
         print(f'{epochs:,} epochs of records are read in {read:.2f} s; their workbench is drawn after {drawn:.2f} s')
-        flat = bool((table.percent[['training memory', 'workbench memory']] < 2).all() and (table['last'] - table['first'])[[c for c in table.index if c.endswith(('threads', 'files')) or c == 'temporary']].max() < 1 and table['last']['hidden'] < 1)
-        print(f'long run: {"flat" if flat else "GROWS"}; ended by SIGTERM with {code}')
-    sys.exit(not flat)
+        grown, late = wrong(rows), slow(epochs, read)
+        print(f'long run: {"GROWS" if grown else "flat"}; ended by SIGTERM with {code}')
+    sys.exit('\n'.join(grown + late) or 0)

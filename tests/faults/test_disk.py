@@ -1,17 +1,23 @@
 """A disk that is full, may not be written to, or gives back less than it was given: one sentence, and the last whole checkpoint goes on."""
-import os, resource, shutil, subprocess, sys
+import os, resource, shutil, signal, subprocess, sys
+from collections import Counter
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, os.path.dirname(__file__))
 import victim
 from sage.core import UserError
-from sage.run import Run, checkpoint_paths
+from sage.learner import SageModule, step_of
+from sage.prefix import MARK, Keeper, Kept, claim_folder
+from sage.run import Run, checkpoint_paths, pause_path
 from sage.resume import last_whole
+from sage.train import read_failed
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork') or sys.platform != 'linux', reason='needs fork and Linux')
 
@@ -41,6 +47,40 @@ def goes_on(folder, streets, want):
     code = victim.wait(victim.child(folder, streets))
     assert code == 0, victim.said(folder).read_text()
     assert not victim.differences(folder, want)
+
+
+def stops_in_step(n):
+    "Before a training: it is asked to stop in its n-th step."
+    work, count = SageModule.training_step, [0]
+    def step(self, *args):
+        count[0] += 1
+        if count[0] == n: os.kill(os.getpid(), signal.SIGTERM)
+        return work(self, *args)
+    SageModule.training_step = step
+
+
+def fails_at_once():
+    "Before a training: its first loss is no number."
+    work = SageModule.source_loss
+    SageModule.source_loss = lambda self, *args: (work(self, *args)[0]*float('nan'), *work(self, *args)[1:])
+
+
+@pytest.fixture(scope='module')
+def paused(streets, tmp_path_factory):
+    "A training that was stopped after the second step of its second epoch."
+    folder = tmp_path_factory.mktemp('paused')/'run'
+    assert victim.wait(victim.child(folder, streets, before=partial(stops_in_step, 5))) == 128 + signal.SIGTERM, victim.said(folder).read_text()
+    assert step_of(pause_path(Run(folder), 1)) == 5
+    return folder
+
+
+@pytest.fixture(scope='module')
+def failed(streets, paused, tmp_path_factory):
+    "The same, gone on with to a loss that is no number: here is every kind of file that a run may hold."
+    folder = tmp_path_factory.mktemp('failed')/'run'
+    shutil.copytree(paused, folder)
+    assert victim.wait(victim.child(folder, streets, before=fails_at_once)) == 2 and 'the batch is kept' in victim.said(folder).read_text()
+    return folder
 
 
 @contextmanager
@@ -111,43 +151,107 @@ def readers(run): # file → what reads it
     for e in run.checkpoints():
         for path in checkpoint_paths(run, e):
             if path.exists(): found[path] = lambda p=path: victim.read_checked(p)
+        if (path := pause_path(run, e)).exists(): found[path] = lambda p=path: step_of(p)
+    for name, read in (('failed.json', read_failed), ('failed.safetensors', victim.read_checked)):
+        if (run.path/name).exists(): found[run.path/name] = lambda p=run.path/name, r=read: r(p)
     return found
 
 
 def cuts(size, step): return sorted({*range(0, size, step), max(0, size - 1)})
 
 
+SAID, PARTLY, SAME, NOT = 'a sentence that names the file', 'used as far as whole', 'nothing lost', 'not seen'
+
+def held(path): # what a checkpoint holds, but for its checksum
+    tensors, header = victim.read_checked(path)
+    return {k: (t.dtype, tuple(t.shape), t.numpy().tobytes()) for k, t in tensors.items()}, sorted(v for k, v in header.items() if k in ('state', 'model', 'config', 'holds', 'format', 'backbone_sha256'))
+
+
 def damage(run, step, flips, g):
-    "(handled, tried): every file cut at every `step` bytes, and bits of the checkpoints turned. Handled: a sentence that names the file; of the metrics, the rows that are whole."
-    handled = tried = 0
+    """How often a damaged file met which end: every file cut at every `step` bytes, and bits of the checkpoints turned. Of the metrics, the rows that are whole are used without a sentence. A bit turned in the word
+    sha256 itself leaves a file without a checksum, which is read: then all else must be what it was."""
+    ends = Counter()
     for path, read in readers(run).items():
-        data, rows = path.read_bytes(), len(run.metrics(''))
-        spoilt = [data[:c] for c in cuts(len(data) - (path.suffix == '.json'), step)]            # the newline at the end of a JSON file says nothing
-        if path.suffix == '.safetensors': spoilt += [data[:i] + bytes([data[i] ^ 1 << int(g.integers(8))]) + data[i + 1:] for i in g.integers(0, len(data), flips)]
-        for bad in spoilt:
+        data, rows, mine = path.read_bytes(), len(run.metrics('')), held(path) if path.suffix == '.safetensors' else None
+        marks = g.integers(0, len(data), flips) if path.suffix == '.safetensors' else []
+        cut, turned = (data[:c] for c in cuts(len(data) - (path.suffix == '.json'), step)), (data[:i] + bytes([data[i] ^ 1 << int(g.integers(8))]) + data[i + 1:] for i in marks)      # the newline at the end of a JSON file says nothing
+        for bad in chain(cut, turned):
             path.write_bytes(bad)
-            tried += 1
-            try: got = read(); said = path.suffix == '.jsonl' and len(got) < rows
-            except UserError as e: said = str(path) in str(e) and '\n' not in str(e)
-            if said: handled += 1
-            else: print(f'{path}: {len(bad)} of {len(data)} bytes: {said}')
+            try: got = read(); end = PARTLY if path.suffix == '.jsonl' and len(got) < rows else SAME if mine and held(path) == mine else NOT
+            except UserError as e: end = SAID if str(path) in str(e) and '\n' not in str(e) else NOT
+            ends[end] += 1
+            if end == NOT: print(f'{path}: {len(bad)} of {len(data)} bytes: {end}')
         path.write_bytes(data)
-    return handled, tried
+    return ends
 
 
-def test_every_file_cut_at_every_64_kb(whole, tmp_path):
-    shutil.copytree(whole[0], tmp_path/'run')
-    handled, tried = damage(Run(tmp_path/'run'), 65536, 8, np.random.default_rng(0))
-    print(f'damaged files handled: {handled} of {tried}')
-    assert handled == tried and victim.bits(tmp_path/'run') == whole[1]
+def tell(ends): print(f'damaged files: {sum(ends.values())} tried; ' + ', '.join(f'{ends[k]} {k}' for k in (SAID, PARTLY, SAME, NOT)))
+
+
+def test_every_file_cut_at_every_64_kb(whole, failed, tmp_path):
+    for folder in (whole[0], failed):
+        shutil.copytree(folder, tmp_path/folder.parent.name/'run')
+        tell(ends := damage(Run(tmp_path/folder.parent.name/'run'), 65536, 8, np.random.default_rng(0)))
+        assert not ends[NOT] and 0 < ends[PARTLY] < ends[SAID]
+    assert victim.bits(tmp_path/whole[0].parent.name/'run') == whole[1]
+    kinds = {Path(p).name.split('.', 1)[-1] if p.parent.name == 'checkpoints' else p.name for p in readers(Run(failed))}
+    assert kinds >= {'safetensors', 'resume.safetensors', 'pause.safetensors', 'failed.json', 'failed.safetensors', 'config.json', 'metrics.jsonl', 'answers.npz'}, kinds
 
 
 @pytest.mark.torture
-def test_every_file_cut_at_every_kb(whole, tmp_path):
-    shutil.copytree(whole[0], tmp_path/'run')
-    handled, tried = damage(Run(tmp_path/'run'), 1024, 300, np.random.default_rng(1))
-    print(f'damaged files handled: {handled} of {tried}')
-    assert handled == tried
+def test_every_file_cut_at_every_kb(whole, failed, tmp_path):
+    for folder in (whole[0], failed):
+        shutil.copytree(folder, tmp_path/folder.parent.name/'run')
+        tell(ends := damage(Run(tmp_path/folder.parent.name/'run'), 1024, 300, np.random.default_rng(1)))
+        assert not ends[NOT]
+
+
+@pytest.mark.parametrize('cut', [-1, *(pytest.param(c, marks=pytest.mark.torture) for c in (0, 1, None))], ids=['all but one byte', 'empty', 'one byte', 'a bit turned'])
+def test_a_damaged_pause_begins_the_epoch_anew(streets, whole, paused, tmp_path, cut):
+    shutil.copytree(paused, tmp_path/'run')
+    path = pause_path(Run(tmp_path/'run'), 1)
+    data = path.read_bytes()
+    path.write_bytes(data[:cut] if cut is not None else data[:-99] + bytes([data[-99] ^ 1]) + data[-98:])
+    goes_on(tmp_path/'run', streets, whole[1])
+    said = victim.said(tmp_path/'run').read_text()
+    assert f'{path}: damaged' in said and 'epoch 2 begins anew' in said
+
+
+def test_kept_tokens_are_used_as_far_as_whole(tmp_path):
+    "Cut anywhere, keys or tokens, of either of two files: what is found is right, all that is whole is found, and what is lost can be kept again. (A turned bit is not seen: tokens have no checksum.)"
+    shape, paths, folder, tried = (3, 8), [tmp_path/f'{i}.jpg' for i in range(24)], tmp_path/'tokens', 0
+    for p in paths: p.write_bytes(p.name.encode())
+    tokens = torch.randn(24, *shape, generator=torch.Generator().manual_seed(0)).half()
+    folder.mkdir()
+    for part in (slice(0, 10), slice(10, 24)):
+        keeper = Keeper(folder, shape, lambda: 1e9)
+        keeper.add(paths[part], tokens[part]); keeper.flush()
+    whole = {p: p.read_bytes() for p in folder.iterdir()}
+    assert len(whole) == 4 and Kept(folder, shape, None).find(paths).all()
+    for path, data in whole.items():
+        for cut in (*cuts(len(data), 5 if len(data) < 400 else 16), None):
+            path.unlink() if cut is None else path.write_bytes(data[:cut])
+            kept = Kept(folder, shape, None)
+            found = kept.find(paths)
+            mine, lost = len((whole[path.with_suffix('.keys')]))//16, (cut or 0)//(16 if path.suffix == '.keys' else kept.bytes)
+            assert found.sum() == 24 - mine + lost and torch.equal(kept.read([p for p, f in zip(paths, found) if f]), tokens[torch.from_numpy(found)]), (path.name, cut)
+            keeper = Keeper(folder, shape, lambda: 1e9)
+            keeper.add(paths, tokens); keeper.flush()
+            again = Kept(folder, shape, None)
+            assert again.find(paths).all() and torch.equal(again.read(paths), tokens), (path.name, cut)
+            for p in folder.iterdir(): p.unlink()
+            for p, d in whole.items(): p.write_bytes(d)
+            tried += 1
+    print(f'cut files of kept tokens: {tried} tried, all used as far as whole')
+
+
+def test_a_damaged_mark_of_kept_tokens(tmp_path):
+    claim_folder(tmp_path/'tokens', dict(format=1, backbone='a', blocks=9, transform='b'))
+    path = tmp_path/'tokens'/MARK
+    data = path.read_bytes()
+    for c in range(len(data) - 1):
+        path.write_bytes(data[:c])
+        with pytest.raises(UserError, match=MARK): claim_folder(tmp_path/'tokens', dict(format=1, backbone='a', blocks=9, transform='b'))
 
 
 def test_a_damaged_checkpoint_is_done_again(streets, whole, tmp_path, capfd):

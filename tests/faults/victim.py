@@ -125,6 +125,7 @@ def tell_phase(folder):
     listen = train_module.stop_on_signals
     @contextmanager
     def listening(stop):
+        for name in (signal.SIGINT, signal.SIGTERM): signal.signal(name, signal.SIG_IGN)     # as it is again after the training, when there is nothing left to stop
         with listen(stop) as came: write(); yield came                          # from here on a signal ends the training cleanly
     train_module.stop_on_signals = listening
 
@@ -142,11 +143,13 @@ def trains(began, folder, streets, event, delay, before, changes):
         err = os.open(said(folder), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(err, 1); os.dup2(err, 2)
         sys.stdout, sys.stderr = open(1, 'w', closefd=False), open(2, 'w', closefd=False)
+        phase_file(folder).unlink(missing_ok=True)                              # before anyone may kill this process and read what it was doing
+        signal.signal(signal.SIGINT, signal.SIG_DFL)                            # nobody listens yet
         began.close()
-        phase_file(folder).unlink(missing_ok=True)
         count = armed(folder, event, delay)
         tell_phase(folder)
         if before: before()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sage_train(folder, streets, **changes)
         print(f'touched {count[0]} times')
         code = 0
@@ -165,7 +168,7 @@ def child(folder, streets, event=None, delay=0., before=None, **changes):
     return p
 
 
-def wait(p, seconds=300):
+def wait(p, seconds=600):
     "Exit code of a child, negative for a signal; a child that hangs is killed and is an error."
     p.join(seconds)
     if p.exitcode is not None: return p.exitcode
