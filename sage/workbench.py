@@ -6,7 +6,8 @@
 __all__ = ['PAGES', 'last_row', 'progress', 'Workbench']
 
 # %% ../nbs/62_workbench.ipynb #19ff2616
-import json, time, traceback
+import json, threading, time, traceback
+from functools import partial
 from pathlib import Path
 
 import ipywidgets as W
@@ -136,8 +137,7 @@ def _header(self:Workbench):
     self.chosen = self._button('no place chosen', None, lambda: self.state.set(node=None, lasso=None), 'click to choose no place', '240px')
     self.news = html(margin='0 0 0 10px')
     self.reins = {} if self.job is None else {n: self._button(n, icon, do, hint) for n, icon, do, hint in (('start', 'play', self.job.run, 'train, or go on'), ('pause', 'pause', lambda: self.job.reins.pause(), 'hold the training where it is'), ('stop', 'stop', lambda: self.job.reins.set(), 'stop after this step; what is finished is kept'))}
-    self.slider.observe(lambda _: self.painter.do(self._slid), 'value')
-    self.play.observe(lambda _: self.painter.do(self._played), 'value')
+    for w in (self.slider, self.play): w.observe(self._turned, 'value')
     self.newest.observe(lambda _: self.painter.do(self._follow), 'value')
     name = html(margin='0 8px 0 4px')
     name.value = f'<b style="font-size:15px">{escape(self.run.path.name)}</b>'
@@ -156,15 +156,17 @@ def _light(self:Workbench):
         b.disabled = self.job.state not in dict(start=('idle', 'paused'), pause=('running',), stop=('running', 'paused'))[name]
 
 @patch
-def _slid(self:Workbench):
-    "Show the epoch under the slider, or the one before it where that is not there; looking back stops following."
-    there = [e for e in self.state.epochs if e <= self.slider.value] or self.state.epochs[:1]
+def _turned(self:Workbench, change):
+    "Somebody moved the slider, or the play button did: not the painter, which moves both after the epoch that it shows, and must not undo what was chosen meanwhile."
+    if threading.current_thread() is not self.painter: self.painter.do(partial(self._slid, change['new']))
+
+@patch
+def _slid(self:Workbench, epoch):
+    "Show an epoch, or the one before it where that is not there; looking back stops following."
+    there = [e for e in self.state.epochs if e <= epoch] or self.state.epochs[:1]
     if not there or there[-1] == self.state.epoch: return
     if there[-1] != self.state.epochs[-1]: self.newest.value = self.state.follow = False
     self.state.set(epoch=there[-1])
-
-@patch
-def _played(self:Workbench): self.slider.value = self.play.value
 
 @patch
 def _follow(self:Workbench):

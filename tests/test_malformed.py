@@ -15,6 +15,8 @@ from sage.cli_data import sage_data
 from sage.cli_export import sage_pca
 from sage.formats import write_gsv, write_msls, write_utm
 from sage.model import create_sage, save_sage
+from sage.geo import to_utm
+from sage.photos import read_photos
 from sage.places import make_table
 
 COMMANDS = cli.COMMANDS | dict(data=sage_data, pca=sage_pca)
@@ -128,6 +130,19 @@ def test_training_trees(layout, spoil, says, good, tmp_path, capsys):
     shutil.copytree(good/layout, tmp_path/'set', symlinks=True); spoil(tmp_path/'set')
     refused(capsys, tmp_path, 'train', ['--data', tmp_path/'set', '--val', good/'utm', '--run', tmp_path/'run', *SMALL], says)
 
+
+def test_metres_of_two_zones(good, tmp_path):
+    "The same numbers in two zones are two spots, hundreds of kilometres apart; those near the border between two zones are measured in one."
+    shutil.copytree(good/'photos', tmp_path/'set')
+    def table(rows):
+        (tmp_path/'set'/'where.csv').write_text('path,easting,northing,zone\n' + ''.join(f'p_{i}.jpg,{e},{n},{z}\n' for i, (e, n, z) in enumerate(rows)))
+        return read_photos(tmp_path/'set')
+    far = table([(500000, 5300000, '32N'), (500001, 5300000, '33N')])
+    assert far.place.nunique() == 2 and far.zone.nunique() == 1 and 440e3 < np.hypot(*np.diff(far[['easting', 'northing']].to_numpy(), axis=0)[0]) < 460e3
+    assert table([(500000, 5300000, '32N'), (500000, 5300000, '50N')]).city.nunique() == 2
+    e, n, _ = to_utm(np.array([47.85, 47.85]), np.array([11.9999, 11.9999]), zone='32N'); f, m, _ = to_utm(np.array([47.85]), np.array([12.0001]), zone='33N')
+    near = table([(e[0], n[0], '32N'), (f[0], m[0], '33N')])
+    assert near.city.nunique() == near.zone.nunique() == 1 and abs(np.hypot(*np.diff(near[['easting', 'northing']].to_numpy(), axis=0)[0]) - 15) < .5
 
 EVAL = [
     (lambda t: shutil.rmtree(t/'images'/'test'/'queries'), ''),

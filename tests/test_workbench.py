@@ -211,6 +211,16 @@ def test_slider_and_newest(bench):
     bench.wait(120)
     assert bench.state.epoch == 3
 
+def test_a_slider_moved_meanwhile_is_not_undone(bench):
+    "The painter moves the slider after the epoch it shows; somebody else may have moved it a moment before."
+    bench.wait(120)
+    def moved():
+        somebody = threading.Thread(target=lambda: setattr(bench.slider, 'value', 2))
+        somebody.start(); somebody.join()
+        bench.state.set(epoch=1)
+    bench.painter.do(moved)
+    until(lambda: bench.state.epoch == 2 and bench.slider.value == bench.play.value == 2, bench)
+
 def test_positions_by_likeness(bench):
     page = opened(bench, 0)
     drawn(page.graph)
