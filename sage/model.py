@@ -299,8 +299,9 @@ def reduce(self:SAGE,
 
 def _loaded_reduction(tensors, facts, path):
     "The reduction of a checkpoint; UserError where its tensors are not those the header tells of."
-    try: want = dict(mean=(facts['of'],), components=(facts['dims'], facts['of']), variance=(facts['dims'],))
-    except (KeyError, TypeError) as e: raise UserError(f'{path}: the header of this checkpoint is damaged; save it again') from e
+    kinds = dict(dims=(int,), of=(int,), samples=(int,), whitened=(bool,), explained_variance=(int, float))
+    if any(type(facts.get(k)) not in kind for k, kind in kinds.items()): raise _bad_header(path)
+    want = dict(mean=(facts['of'],), components=(facts['dims'], facts['of']), variance=(facts['dims'],))
     explain_mismatch(want, {k: tuple(v.shape) for k, v in tensors.items()}, f"{path}: its reduction")
     return Reduction(**tensors, facts=facts)
 
@@ -400,7 +401,9 @@ def _described(config, pretrained, device='cpu'): # the model that a header tell
 def _check_described(config, state, whole, path):
     "UserError where a header describes no model, or one with other tensors: before anything is loaded, downloaded or given memory."
     try:
-        if config.get('sizes', {}).get('vit', {}).get('depth', 0) > len(state): raise ValueError('more blocks than tensors')
+        sizes, head = config.get('sizes', {}), config.get('interact')
+        layers = [sizes.get('vit', {}).get('depth', 0), *(h.get('layers', 0) for h in (sizes.get('interact'), head) if isinstance(h, dict))]
+        if max(layers) > len(state): raise ValueError('more layers than tensors')
         with torch.device('meta'): blank = _described(config, False, 'meta')
         want = blank.state_dict() if whole else blank.trainable_state()
     except UserError as e: raise UserError(f'{path}: its header describes no model: {e}') from None

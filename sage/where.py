@@ -203,15 +203,22 @@ def _opened(root, folder, about):
         for name, size in about['bytes'].items():
             if os.stat(folder/name).st_size != size: raise harm(f'{name} has not {size:,} bytes')
         files, index = pd.read_parquet(folder/about['files']), faiss.read_index(str(folder/about['index']), faiss.IO_FLAG_MMAP_IFC)
+        fits = _is_files(files)
     except UserError: raise
     except damage() as e:
         gone = [n for n in about['bytes'] if not (folder/n).exists()]
         if gone: raise MissingPath(f'{folder/gone[0]}: this part of the index is gone; make it again with --rebuild') from None
         raise harm(' '.join(str(e).split())[:80]) from None
-    if set(_FILE_COLUMNS) - set(files) or (files.reason == '').sum() != index.ntotal or index.d != about['dim']: raise harm('its parts do not belong together')
+    if not fits or (files.reason == '').sum() != index.ntotal or index.d != about['dim']: raise harm('its parts do not belong together')
     return PhotoMap(root, folder, about, files, index)
 
-_FILE_COLUMNS = ('image', 'bytes', 'changed', 'sha', 'reason', 'lat', 'lon', 'easting', 'northing', 'zone', 'city', 'place', 'heading', 'time')
+_KINDS = dict(image='text', bytes='i', changed='i', sha='text', reason='text', lat='f', lon='f', easting='f', northing='f', zone='text', city='text', place='i', heading='f', time='text')
+_FILE_COLUMNS = tuple(_KINDS)
+
+def _is_files(files):
+    "Whether a table has the columns of a map's photographs, each of its kind."
+    def kind(column): return column.dtype.kind if column.dtype.kind in 'if' else 'text' if pd.api.types.infer_dtype(column.to_numpy(object), skipna=False) in ('string', 'empty') else ''
+    return set(_KINDS) <= set(files) and all(kind(files[c]) == k for c, k in _KINDS.items())
 
 def read_map(
     root,        # folder of photographs

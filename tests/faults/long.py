@@ -37,10 +37,15 @@ def sample(start, training, folder):
     return dict(seconds=time.monotonic() - start, **{f'{name} {k}': v for name, found in held_by.items() for k, v in found.items()}, temporary=len(os.listdir(tempfile.gettempdir())), hidden=hidden)
 
 
+def tenths(rows):
+    "The second and the last."
+    tenth = max(1, len(rows)//10)
+    return slice(tenth, 2*tenth), slice(-tenth, None)
+
+
 def growth(rows):
     "First, last and growth of every column: from the mean of the second tenth of the rows to that of the last."
-    tenth = max(1, len(rows)//10)
-    first, last = rows.iloc[tenth:2*tenth].mean(), rows.iloc[-tenth:].mean()
+    first, last = (rows.iloc[part].mean() for part in tenths(rows))
     return pd.DataFrame(dict(first=first, last=last, percent=100*(last/first - 1))).drop(['seconds', *(f'{name} number' for name in ASIDES)])
 
 
@@ -49,10 +54,10 @@ PERCENT, SECONDS = 2, 2                   # how much memory may grow; how long t
 def wrong(rows):
     "What grew, in words, one sentence for each."
     table = growth(rows)
-    memory, counts = table[table.index.str.endswith('memory')], table[table.index.str.endswith(('threads', 'files')) | (table.index == 'temporary')]
+    memory, counts = table[table.index.str.endswith('memory')], table.index[table.index.str.endswith(('threads', 'files')) | (table.index == 'temporary')]
     out = [f'{name} grew by {t.percent:.1f} % (bar {PERCENT} %)' for name, t in memory.iterrows() if t.percent >= PERCENT]
     out += [f'{name.removesuffix(" memory")}: this process was not there to be looked at' for name, t in memory.iterrows() if np.isnan(t.percent)]
-    out += [f'{name} grew from {t["first"]:.1f} to {t["last"]:.1f}' for name, t in counts.iterrows() if t['last'] - t['first'] >= 1]
+    out += [f'{name} grew from {first:g} to {last:g} at least' for name, first, last in ((n, *(rows[n].iloc[part].min() for part in tenths(rows))) for n in counts) if last - first >= 1]       # threads come for a while, and go
     out += [f'{name}: {rows[f"{name} number"].nunique()} processes one after another, where one should last' for name in ASIDES if rows[f'{name} number'].nunique() > 1]
     return out + [f'{table["last"]["hidden"]:.1f} hidden files are in the run folder']*bool(table['last']['hidden'] >= 1)
 
@@ -98,7 +103,7 @@ def main(minutes, every, folder):
         time.sleep(every)
         if p.exitcode is not None: raise SystemExit(f'the training ended with {p.exitcode}: {said(folder).read_text()}')
         bench.tabs.selected_index = len(rows) % len(bench.pages)
-        bench.painter.do(lambda node=len(rows)//len(bench.pages) % 8: bench.state.set(node=node))      # so that networks look at it
+        if len(rows) == 0: bench.painter.do(lambda: bench.state.set(node=0))                           # from now on networks look at it in every epoch
         rows.append(sample(start, p.pid, folder))
         if len(rows) % 60 == 0: print({k: round(v, 1) for k, v in rows[-1].items()}, len(Run(folder).epochs()), 'epochs', flush=True)
     bench.close()
