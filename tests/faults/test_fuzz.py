@@ -437,7 +437,7 @@ def test_a_header_of_anything(headed, offline, tmp_path, model, alone):
     for name in ('trainable', 'sizes'):
         data, header = found[name]
         said = model if alone or not isinstance(model, dict) else json.loads(header['model']) | model
-        for missing in ((), ('holds', 'backbone_sha256', 'config'), ('holds',), ('backbone_sha256',))[:4 if MUCH else 2]:
+        for missing in ((), ('holds', 'backbone_sha256', 'config'), ('holds',), ('backbone_sha256',))[:4 if MUCH else 1]:
             (tmp_path/'x.safetensors').write_bytes(with_header(data, {k: v for k, v in header.items() if k not in missing} | dict(model=json.dumps(said))))
             with bounded(): sentence(read_header, tmp_path/'x.safetensors'); sentence(use, tmp_path/'x.safetensors', most=20_000)
 
