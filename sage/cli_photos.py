@@ -23,7 +23,7 @@ from .core import UserError, atomic, existing, one_line, pick_device, pick_preci
 from .images import check_size, load_image
 from .geo import check_latlon
 from .photos import find_photo_csv, inside, list_images, numbers, photo_label, read_csv, unread_csvs
-from .ranks import launch, told
+from .ranks import launch, launched, told
 from .run import damage
 from .sources import not_too_many
 from .where import PhotoMap, ask, describe_files, ground_metres, in_map, in_space, model_hash, own_rows, packaged_model, threshold, update_map
@@ -442,7 +442,7 @@ def sage_describe(argv):
     if several and me['size'] == 1:
         if failed := launch([sys.executable, '-m', 'sage.cli', 'describe', *argv], args.devices, args.num_nodes): raise SystemExit(failed)
     else: describe_here(args, df, out, parts)
-    if parts and (me['size'] == 1 or 'TORCHELASTIC_RUN_ID' in os.environ and not me['rank']):          # torchrun says nothing itself
+    if parts and not me['rank'] and not launched():                                   # torchrun says nothing itself
         n, rows, left_out = parts_summary(out)
         said_of(df, rows, left_out, f'{out}: ' + parts_words(n, -(-len(df) // parts)))
 
