@@ -44,7 +44,7 @@ def figure(rows, path):
     n, t = (np.array([r[c] for r in rows]) for c in ('images', 'cpu_seconds'))
     fig, ax = plt.subplots(figsize=(4.5, 2.8), dpi=90)
     ax.loglog(n, t, 'o-', label='geography, measured'); ax.loglog(n, t[0]*n*np.log(n)/(n[0]*np.log(n[0])), 'k:', label='n · log n')
-    ax.set_xticks(n, [f'{x/1e6:g} M' for x in n]); ax.minorticks_off()
+    ax.set_xticks(n, [f'{x/1e6:g} M' for x in n]); ax.set_yticks(ticks := [v for v in (.1, .2, .5, 1, 2, 5, 10) if .7*t.min() < v < 1.5*t.max()], [f'{v:g}' for v in ticks]); ax.minorticks_off()
     ax.set(xlabel='images', ylabel='CPU seconds'); ax.legend(fontsize=8); ax.grid(alpha=.3); fig.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True); fig.savefig(path, metadata=dict(Software=None)); print(f'-> {path}')
 

@@ -9,7 +9,7 @@ __all__ = ['add_model_flags', 'answering', 'Asked', 'ask_photos', 'in_words', 'f
            'describe_parts', 'parts_summary', 'parts_words', 'sage_describe', 'describe_here', 'said_of']
 
 # %% ../nbs/67_cli_photos.ipynb #c7f67559
-import argparse, contextlib, hashlib, json, os, sys
+import argparse, contextlib, hashlib, json, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from .core import UserError, atomic, existing, one_line, pick_device, pick_precision
 from .images import check_size, load_image
 from .geo import check_latlon
-from .photos import find_photo_csv, inside, list_images, numbers, photo_label, read_csv, unread_csvs
+from .photos import inside, list_images, numbers, photo_label, read_csv, unread_csvs
 from .ranks import launch, launched, told
 from .run import damage
 from .sources import not_too_many

@@ -8,7 +8,7 @@ __all__ = ['ONLINE', 'FIRST', 'KNOWN', 'SIGNALS', 'Supply', 'check_sources', 'Ep
            'stop_on_signals', 'make_trainer', 'own_device', 'plain_error', 'fit']
 
 # %% ../nbs/43_train.ipynb #53799d31
-import json, logging, signal, sys, threading, time, warnings
+import json, logging, signal, threading, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import islice
