@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason='
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 90                                                                           # seconds for anything that must happen; waiting costs nothing when all is well
 QUIET = {'@jupyterlab/apputils-extension:notification': {'fetchNews': 'false', 'checkForUpdates': False, 'doNotDisturbMode': True}}
+DEAF = 'Failed to initialize model'       # what anywidget says of a widget that took more than two seconds to begin; ours need nothing of what such a one misses
 STARTED = 'window.jupyterapp && window.jupyterapp.restored'
 IDLE = "() => {const w = window.jupyterapp.shell.currentWidget, k = w && w.sessionContext && w.sessionContext.session && w.sessionContext.session.kernel; return !!k && k.status === 'idle'}"
 INK = """() => {let n = 0; for (const c of document.querySelectorAll('.sage-plot .gl-canvas-context, .sage-plot .gl-canvas-focus')) {
@@ -61,12 +62,14 @@ class Desk:
     def __init__(self, browser, url, size=(1440, 900)):
         self.context, self.url = browser.new_context(viewport=dict(width=size[0], height=size[1])), url
         self.context.set_default_timeout(1000*PATIENCE)
-        self.asked, self.errors, self.heavy = [], [], []
+        self.asked, self.errors, self.heavy, self.deaf = [], [], [], []
         self.context.route('**/*', self.gate)
         self.page = self.context.new_page()
-        self.page.on('console', lambda m: self.errors.append(m.text) if m.type == 'error' else None)
-        self.page.on('pageerror', lambda e: self.errors.append(str(e)))
+        self.page.on('console', lambda m: self.wrong(m.text) if m.type == 'error' else None)
+        self.page.on('pageerror', lambda e: self.wrong(str(e)))
         self.page.on('websocket', lambda w: w.on('framereceived', lambda data: self.heavy.append(len(data)) if len(data) > 3_000_000 else None))
+
+    def wrong(self, text): (self.deaf if DEAF in text else self.errors).append(text)
 
     def gate(self, route): # nothing but this machine
         if route.request.url.startswith((self.url, self.url.replace('http', 'ws', 1), 'data:', 'blob:', 'about:')): return route.continue_()
@@ -74,7 +77,7 @@ class Desk:
         route.abort()
 
     def open(self, name):
-        self.page.goto(f'{self.url}lab/tree/{name}')
+        self.page.goto(f'{self.url}lab/workspaces/{Path(name).stem}/tree/{name}')                # a desk of its own: nothing another page has left open
         self.page.wait_for_function(STARTED)
         self.page.evaluate('async () => {await window.jupyterapp.restored; window.jupyterapp.shell.collapseLeft();}')
         self.page.wait_for_selector('.jp-NotebookPanel .jp-Cell')
@@ -127,7 +130,7 @@ def desk(browser, tmp_path_factory):
     finished = made_up(folder/'finished')
     waiting = [finished.path/'epochs'/f'{e:04d}' for e in (2, 3)]
     for p in waiting: p.rename(folder/p.name)
-    notebook(folder/'work.ipynb', f'from sage.workbench import Workbench\nbench = Workbench({str(finished.path)!r})\nbench', 'import time\nbench.state.epoch')
+    for name in ('work', 'slow'): notebook(folder/f'{name}.ipynb', f'from sage.workbench import Workbench\nbench = Workbench({str(finished.path)!r})\nbench', 'import time\nbench.state.epoch')
     with lab(folder) as url:
         d = Desk(browser, url)
         d.folder, d.run, d.waiting = folder, finished, waiting
@@ -329,6 +332,19 @@ def test_nothing_was_asked_of_the_network_and_nothing_went_wrong(desk):
     assert desk.asked == []
     assert [e for e in desk.errors if 'favicon' not in e] == []
     assert desk.cell_errors() == []
+
+def test_a_browser_that_is_slow_to_begin_misses_nothing(desk, browser):
+    begin(desk, 'Graph')                                                                 # all epochs are there
+    d = Desk(browser, desk.url)
+    d.context.add_init_script('const timeout = AbortSignal.timeout.bind(AbortSignal); AbortSignal.timeout = () => timeout(0);')       # anywidget's patience is over at once
+    d.open('slow.ipynb')
+    d.run_all()
+    d.until(lambda: after(3) in d.title() and d.page.evaluate(INK) > 500)
+    assert d.deaf, 'no widget was slow'
+    at_epoch(d, 2)
+    d.tab('Cliques')
+    d.until(lambda: d.page.frame_locator('iframe.sage-map').locator('.sage-star').count() == 8)
+    d.context.close()
 
 def test_a_burst_leaves_no_backlog(desk):
     begin(desk, 'Graph')
