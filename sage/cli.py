@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import UserError, atomic, data_root, one_line, peak_memory, pick_device, pick_precision
+from .core import UserError, atomic, data_root, one_line, peak_memory, pick_device, pick_precision, pick_workers
 from .formats import FORMATS
 from .run import Run
 from .ranks import first, joined, launch, tables_from_first, told
@@ -147,7 +147,7 @@ def eval_parser():
     p.add_argument('--seed', type=int, default=0, help='of the shuffle')
     p.add_argument('--audit', action='store_true', help='measure what batch size and order do to a model with InteractHead')
     p.add_argument('--baselines', action='store_true', help='also the frozen backbone: mean-pooled and class token')
-    p.add_argument('--workers', type=whole(0, 256), default=0, metavar='N', help='processes that decode')
+    p.add_argument('--workers', type=whole(0, 256), default=-1, metavar='N', help='processes that decode; unless given none beside a CPU, a share of the processors beside a GPU')
     p.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1')
     p.add_argument('--precision', default='auto', help='auto, 32, bf16, 16')
     p.add_argument('--out', metavar='FOLDER', help='also write results.csv, and the audit table and figure, here')
@@ -185,7 +185,7 @@ def sage_eval(argv):
     if small: raise UserError(f'--search ivfpq learns 256 prototypes, and the database of {small.title} has fewer images; search exactly')
     device = pick_device(args.device)
     model.to(device).eval()
-    how = dict(size=args.size or eval_side(trained, args.backbone), progress=not args.quiet, workers=args.workers)
+    how = dict(size=args.size or eval_side(trained, args.backbone), progress=not args.quiet, workers=pick_workers(args.workers, device))
     rows = []
     for protocol, e in sets:
         found = measure(model, name, protocol, e, args, pick_precision(args.precision, device), how)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import UserError, pick_device, pick_precision
+from .core import UserError, pick_device, pick_precision, pick_workers
 from .formats import FORMATS
 from .model import SAGE, save_sage
 from .run import Run
@@ -35,7 +35,7 @@ def pca_parser():
     p.add_argument('--images', type=count, default=20_000, metavar='N', help='learn from at most so many images')
     p.add_argument('--size', type=size, metavar='SIDE|HxW', help="image size; default the checkpoint's evaluation size")
     p.add_argument('--batch-size', type=count, default=32, metavar='N', help='images at a time')
-    p.add_argument('--workers', type=whole(0, 256), default=0, metavar='N', help='processes that decode')
+    p.add_argument('--workers', type=whole(0, 256), default=-1, metavar='N', help='processes that decode; unless given none beside a CPU, a share of the processors beside a GPU')
     p.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1')
     p.add_argument('--precision', default='auto', help='auto, 32, bf16, 16')
     p.add_argument('--seed', type=int, default=0, help='of the draw of images and of the solver')
@@ -74,7 +74,7 @@ def sage_pca(argv):
     check_dims(model, args.dims)
     df, device, side = training_images(args), pick_device(args.device), args.size or eval_side(trained, model.config.get('backbone'))
     images = pca_images(df, args.dims, args.images, args.seed)
-    how = dict(batch_size=args.batch_size, workers=args.workers, precision=pick_precision(args.precision, device), progress=None if args.quiet else 'describing')
+    how = dict(batch_size=args.batch_size, workers=pick_workers(args.workers, device), precision=pick_precision(args.precision, device), progress=None if args.quiet else 'describing')
     descriptors = describe_table(model.to(device), images, side, **how)
     pca, before, head = fit_pca(descriptors, args.dims, args.seed), model.dim, model.interact is not None
     save_sage(model.reduce(pca, args.whiten), out, dict(settings=trained, reduced=name))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UserError', 'MissingPath', 'one_line', 'existing', 'seed_of', 'stream', 'torch_stream', 'pick_device', 'has_bfloat16',
-           'pick_precision', 'cache_dir', 'data_root', 'atomic', 'peak_memory']
+           'pick_precision', 'pick_workers', 'cache_dir', 'data_root', 'atomic', 'peak_memory']
 
 # %% ../nbs/00_core.ipynb #d644cfec
 import errno, hashlib, os, platform, shutil, sys, uuid, warnings
@@ -112,6 +112,16 @@ def pick_precision(
     if full == '16-mixed' and device.type != 'cuda': raise UserError(f"precision 16 needs a CUDA device, not '{device}'; use bf16 or 32")
     if full == 'bf16-mixed' and device.type == 'cpu' and not has_bfloat16(): warnings.warn('this processor has no instructions for bfloat16 and computes it in software, several times slower than float32: precision 32 is quicker', stacklevel=2)
     return full
+
+def pick_workers(
+    asked=-1,     # how many; −1: what suits the device
+    device='cpu', # the device that they feed
+    processes=1,  # of this machine that want some
+) -> int:
+    "How many processes decode images: none beside a CPU, which is busy itself; beside a GPU this process's share of the processors, less its own, 16 at most."
+    import torch
+    if asked >= 0 or torch.device(device).type != 'cuda': return max(0, asked)
+    return min(16, max(1, len(os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(os.cpu_count() or 1))//processes - 1))
 
 # %% ../nbs/00_core.ipynb #054337ac
 def cache_dir(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TAU2', 'affinity', 'cut_edges', 'geo_cliques', 'city_neighbors', 'GeoSide', 'number', 'squared_distance', 'distance',
-           'squared_lengths', 'as_bits', 'check_descriptors', 'alike_pairs', 'Graph', 'epoch_graph', 'typical_norm']
+           'squared_lengths', 'as_bits', 'check_descriptors', 'nearest', 'alike_pairs', 'Graph', 'epoch_graph',
+           'typical_norm']
 
 # %% ../nbs/20_graph.ipynb #3bcde381
 from typing import NamedTuple
@@ -191,19 +192,30 @@ def check_descriptors(
     return F, squares
 
 # %% ../nbs/20_graph.ipynb #63c5a80a
+def nearest(
+    F,            # descriptors float32 [n, D]
+    k:int,        # n at most
+    device='cpu', # a GPU multiplies a hundred times as fast; its float32 may order ties otherwise
+) -> np.ndarray:  # row numbers [n, k], nearest first
+    "For every descriptor the k nearest, itself included."
+    import faiss, torch
+    if torch.device(device).type == 'cpu': return faiss.knn(F, F, k)[1]
+    X, step = torch.from_numpy(F).to(device), max(1, 2**26//len(F))
+    squares = X.square().sum(1)
+    return np.concatenate([torch.addmm(squares, X[a:a+step], X.T, alpha=-2).topk(k, largest=False).indices.cpu().numpy() for a in range(0, len(X), step)])
+
 def alike_pairs(
     geo:GeoSide, # n places
     descriptors, # [n, D]
     similar=15,  # how many for each place
+    device='cpu', # that looks for them
 ) -> np.ndarray: # node numbers [E, 2], lower first, no pair twice
     "Each place with its `similar` nearest by descriptor in its city."
-    import faiss
     pairs = [np.zeros((0, 2), np.int64)]
     for a, b in zip(geo.city_start[:-1], geo.city_start[1:]):
         F, k = np.ascontiguousarray(descriptors[a:b], dtype=np.float32), min(similar + 1, b - a)
         if k < 2: continue
-        index = faiss.IndexFlatL2(F.shape[1]); index.add(F)
-        found = index.search(F, int(k))[1]
+        found = nearest(F, int(k), device)
         found[np.arange(b - a), np.where((found == np.arange(b - a)[:, None]).any(1), (found == np.arange(b - a)[:, None]).argmax(1), k - 1)] = -1   # without itself
         src, dst = np.repeat(np.arange(b - a), k)[found.ravel() >= 0], found.ravel()[found.ravel() >= 0]
         pairs.append(a + np.stack([np.minimum(src, dst), np.maximum(src, dst)], 1))
@@ -257,6 +269,7 @@ def epoch_graph(
     similar=15,    # 'alike' edges from each place
     images=None,   # row of the image that stands for each place [n]; None: its first
     tau2=TAU2,     # the cut for descriptors of length 1
+    device='cpu',  # that looks for places alike
 ) -> Graph:
     "The geo-visual graph of the places under the descriptors of this epoch (METHOD §4). Raises `UserError` for descriptors that do not fit."
     F, squares = check_descriptors(descriptors, len(geo.places))
@@ -265,7 +278,7 @@ def epoch_graph(
     pairs = np.stack([np.repeat(np.arange(len(F)), near.counts), near.indices], 1).astype(np.int64)
     near_edges = _edge_table(geo, F, pairs[pairs[:, 0] < pairs[:, 1]], 'near')
     near_edges = near_edges[near_edges.affinity > tau2*np.sqrt(squares.mean())]
-    edges = pd.concat([near_edges, _edge_table(geo, F, alike_pairs(geo, F, similar), 'alike')]).drop_duplicates(['src', 'dst'], ignore_index=True)
+    edges = pd.concat([near_edges, _edge_table(geo, F, alike_pairs(geo, F, similar, device), 'alike')]).drop_duplicates(['src', 'dst'], ignore_index=True)
     edges = _with_states(edges, previous, geo, F)
     return Graph(_node_table(geo, edges, images), edges)
 

@@ -85,7 +85,11 @@ def read_csv(
     "A csv as text. Raises `UserError` naming what is missing or cannot be read, `MissingPath` for no file."
     wanted = ', '.join(columns).replace('|', ' or ')
     path = existing(path, 'file', f'a csv with the columns {wanted} is expected there')
-    try: df = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig', index_col=False, skipinitialspace=True).fillna('')
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', pd.errors.ParserWarning)              # of fields that would be dropped
+            df = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig', index_col=False, skipinitialspace=True).fillna('')
+    except pd.errors.ParserWarning: raise UserError(f'{path}: the rows have more fields than the first line has names; put a value with a comma in quotes, or give every column a name') from None
     except UnicodeDecodeError: raise UserError(f'{path} is not UTF-8 text; save it again as csv in UTF-8') from None
     except (pd.errors.EmptyDataError, pd.errors.ParserError) as e: raise UserError(f'{path} cannot be read as a csv: {" ".join(str(e).split())}') from None
     df.columns = df.columns.str.strip()

@@ -6,7 +6,7 @@
 __all__ = ['MARK', 'PIECE', 'mark_of', 'claim_folder', 'image_key', 'Kept', 'Keeper', 'PrefixCache']
 
 # %% ../nbs/15_prefix.ipynb #06a7b2b6
-import hashlib, json, os, sys, uuid
+import errno, hashlib, json, os, sys, uuid
 from pathlib import Path
 import numpy as np, torch
 from .core import UserError, atomic
@@ -29,8 +29,9 @@ def claim_folder(
     "Make a folder of tokens, or check one. Raises `UserError` where it holds something else, or tokens of another backbone."
     path, remedy = folder/MARK, 'choose another folder, or delete this one'
     if folder.exists() and not folder.is_dir(): raise UserError(f'{folder}: a file is in the way of the kept tokens; choose a folder')
-    if not path.exists():
-        if folder.exists() and any(not p.name.startswith('.') for p in folder.iterdir() if p.name != MARK): raise UserError(f'{folder}: holds files that are no kept tokens (there is no {MARK}); {remedy}')
+    strangers = not path.exists() and folder.exists() and any(not p.name.startswith('.') for p in folder.iterdir() if p.name != MARK)
+    if not path.exists():                                                 # (looked at again: another process of this training may have begun the folder)
+        if strangers: raise UserError(f'{folder}: holds files that are no kept tokens (there is no {MARK}); {remedy}')
         with atomic(path) as part: part.write_text(json.dumps(mark, indent=1) + '\n')
         return
     try: found = json.loads(path.read_text())
@@ -139,6 +140,17 @@ def _append(path, size, data):
             f.truncate(size)
             raise
 
+def _fits(write): # whether there is room on the disk for what is to be written
+    try: write()
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+        return False
+    return True
+
+def _bytes(path): # 0 for a folder, and for a file that another process has just renamed
+    try: return path.stat().st_size if path.is_file() else 0
+    except OSError: return 0
+
 class PrefixCache:
     "A folder of kept tokens of one backbone."
     def __init__(self,
@@ -149,11 +161,11 @@ class PrefixCache:
     ):
         self.folder, self.backbone, self.most, self.say = Path(folder).expanduser().absolute(), backbone, gb * 1e9, say
         if not gb > 0: raise UserError(f'{folder}: {gb:g} GB for kept tokens; say by cache_gb (--cache-gb) how much the folder may take')
-        claim_folder(self.folder, mark_of(backbone))
+        self.full = not _fits(lambda: claim_folder(self.folder, mark_of(backbone)))
 
     def room(self) -> float: # bytes
         "What may still be written."
-        return self.most - sum(p.stat().st_size for p in self.folder.rglob('*') if p.is_file())
+        return self.most - sum(_bytes(p) for p in self.folder.rglob('*'))
 
     def at(self,
         size,                # side in pixels, or (height, width)
@@ -161,5 +173,8 @@ class PrefixCache:
     ) -> Keeper:
         "The tokens of one size."
         h, w = check_size(size, self.backbone.patch)
-        folder = self.folder/f'{h}x{w}-{precision}'; folder.mkdir(exist_ok=True)
-        return Keeper(folder, (1 + (h // self.backbone.patch) * (w // self.backbone.patch), self.backbone.dim), self.room, self.say)
+        folder = self.folder/f'{h}x{w}-{precision}'
+        full = self.full or not _fits(lambda: folder.mkdir(exist_ok=True))
+        keeper = Keeper(folder, (1 + (h // self.backbone.patch) * (w // self.backbone.patch), self.backbone.dim), self.room, self.say)
+        if full: keeper._full('there is no room on the disk')
+        return keeper

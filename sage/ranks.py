@@ -190,7 +190,7 @@ def _until_ended(running, patience):
     names = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     old = {name: signal.signal(name, passed_on) for name in names}
     try:
-        while any(p.poll() is None for p in running):
+        while None in [p.poll() for p in running]:
             if failed is None and any(p.returncode for p in running): failed = time.monotonic()
             if failed is not None and time.monotonic() - failed > patience:
                 for p in running: p.poll() is None and p.kill()

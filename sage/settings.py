@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['COUNTS', 'ZERO_OR_MORE', 'FINITE', 'ABOVE_ZERO', 'CHOICES', 'LEAST', 'Settings', 'checked', 'recorded_settings',
-           'make_model', 'precision_of']
+           'make_model', 'precision_of', 'workers_of']
 
 # %% ../nbs/34_settings.ipynb #a78ece7a
 from dataclasses import asdict, dataclass, fields
 import numpy as np
-from .core import UserError, pick_precision
+from .core import UserError, pick_precision, pick_workers
 from .model import SAGE, create_sage
 from .graph import TAU2
+from .ranks import told
 from .batches import STRATEGIES
 
 # %% ../nbs/34_settings.ipynb #df6da14b
@@ -59,7 +60,7 @@ class Settings:
     devices:int = 1                  # on this machine; they share each batch
     num_nodes:int = 1                # machines
     chunk:int = 0                    # images through the last blocks at a time in training: less memory, same loss; 0: all
-    workers:int = 0                  # processes that decode; never changes a result
+    workers:int = -1                 # processes that decode; never changes a result; -1: none beside a CPU, a share of the processors beside a GPU
     embed_batch:int = 64             # images at a time in mining and validation
     cache_gb:float = 0.              # gigabytes for kept tokens, of a machine's memory (each of its processes keeps its own) or of prefix_cache; 0 keeps none
     prefix_cache:str = ''            # folder for kept tokens, shared by trainings; empty: memory
@@ -76,11 +77,11 @@ class Settings:
 
 # %% ../nbs/34_settings.ipynb #5cd235ad
 COUNTS = 'epochs steps places_per_batch images_per_place lr_steps similar min_size embed_batch log_every probes probe_dim token_dim dpns devices num_nodes augment_ops interact_dim interact_heads interact_layers interact_ffn'.split()
-ZERO_OR_MORE = 'weight_decay miner_epsilon labelled_places workers chunk cache_gb seed alpha dropout dpn_dropout'.split()
-FINITE = 'tau2 loss_base'.split()
+ZERO_OR_MORE = 'weight_decay miner_epsilon labelled_places chunk cache_gb seed alpha dropout dpn_dropout'.split()
+FINITE = 'tau2 loss_base workers'.split()
 ABOVE_ZERO = 'lr lr_end radius loss_alpha loss_beta'.split()
 CHOICES = dict(augment=('randaugment', 'none'), node_features=('place', 'image'), strategy=tuple(STRATEGIES))
-LEAST = dict(epochs=0, images_per_place=2, places_per_batch=2)
+LEAST = dict(epochs=0, images_per_place=2, places_per_batch=2, workers=-1)
 
 def checked(
     name:str, # of a setting
@@ -92,6 +93,7 @@ def checked(
     if name in COUNTS and (not whole or value < LEAST.get(name, 1)): raise UserError(f'{name} = {value!r}: give a whole number of {LEAST.get(name, 1)} or more')
     if name in COUNTS + ZERO_OR_MORE + ABOVE_ZERO + FINITE and not (number and (abs(value) < 2**63 if whole else np.isfinite(value))): raise UserError(f'{name} = {value!r}: give a number')
     if name in ('workers', 'seed', 'chunk', 'labelled_places') and not whole: raise UserError(f'{name} = {value!r}: give a whole number')
+    if name == 'workers' and value < LEAST[name]: raise UserError(f'{name} = {value!r}: give -1 or more')
     if name in ZERO_OR_MORE and value < 0: raise UserError(f'{name} = {value!r}: give 0 or more')
     if name in ('dropout', 'dpn_dropout') and value >= 1: raise UserError(f'{name} = {value!r}: give a share below 1')
     if name in ABOVE_ZERO and value <= 0: raise UserError(f'{name} = {value!r}: give a number above 0')
@@ -125,3 +127,10 @@ def precision_of(
 ) -> str:  # Lightning's name
     "The precision on the model's device."
     return pick_precision(settings.precision, next(model.parameters()).device)
+
+def workers_of(
+    settings:Settings,
+    model, # a module
+) -> int:
+    "How many processes decode for this one."
+    return pick_workers(settings.workers, next(model.parameters()).device, told()['here'])

@@ -27,7 +27,7 @@ from .batches import CliqueBatches
 from .retrieval import recall_from_ranks, search
 from .run import Run, Stopped, alone, answers_of, checkpoint_paths, pause_path, write_json
 from .feed import Loader, Sources, Steps, Validation, Views, autocast, bar, cache_bytes, deaf, embed, one_image_each, prefix_cache
-from .settings import Settings, make_model, precision_of, recorded_settings
+from .settings import Settings, make_model, precision_of, workers_of, recorded_settings
 from .learner import SageModule, load_state, save_state
 from .resume import load_weights, open_run, read_weights, save_checkpoint
 
@@ -63,7 +63,7 @@ class Supply:
         key, need = (name, size), cache_bytes(self.model, self.tables[name], size)
         if key in self.caches or need > self.left: return self.caches.get(key)
         with self.tick(f'keeping tokens of {name}', len(self.tables[name])) as tick:
-            how = dict(batch_size=self.settings.embed_batch, workers=self.settings.workers, precision=precision_of(self.settings, self.model))
+            how = dict(batch_size=self.settings.embed_batch, workers=workers_of(self.settings, self.model), precision=precision_of(self.settings, self.model))
             self.caches[key] = prefix_cache(self.model, self.tables[name], size, tick=tick, **how)
         self.left -= need
         return self.caches[key]
@@ -117,7 +117,7 @@ class EpochGraph(L.Callback):
             yield tick
 
     def how(self): # arguments of `embed`
-        return dict(batch_size=self.settings.embed_batch, workers=self.settings.workers, precision=precision_of(self.settings, self.supply.model))
+        return dict(batch_size=self.settings.embed_batch, workers=workers_of(self.settings, self.supply.model), precision=precision_of(self.settings, self.supply.model))
 
     def embed_places(self, epoch): # (row that stands for each place, descriptors [places, D], of all images or None)
         s, supply = self.settings, self.supply
@@ -215,7 +215,7 @@ def recorded_places(self:EpochGraph, epoch, found): # (row of the image that is 
 def graph_record(self:EpochGraph, epoch, found, recorded, answers): # writes the epoch's folder; returns what the metrics say of the graph
     s, run, supply, v, (rows, descriptors) = self.settings, self.run, self.supply, self.supply.validations[0], recorded
     previous = run.edges(epoch - 1) if epoch - 1 in run.epochs() else None
-    graph = epoch_graph(supply.geo, descriptors, previous, s.similar, rows, s.tau2)
+    graph = epoch_graph(supply.geo, descriptors, previous, s.similar, rows, s.tau2, next(supply.model.parameters()).device)
     nodes = graph.nodes.assign(mined_image='' if found[0] is None else supply.geo.table.image.to_numpy()[found[0]])
     cliques = supply.batches[0].cliques_table()
     run.write_epoch(epoch, nodes, graph.edges, cliques, descriptors, attention_of(supply.model, v, supply.tables[v.name]), answers)
@@ -494,7 +494,7 @@ def fit(
             with alone(run) if first() else nullcontext():
                 callback.run, callback.epoch = open_run(run, settings, model, supply.tables, [v.name for v in supply.validations], resume)
                 if from_first(callback.epoch >= settings.epochs and callback.epoch in set(callback.run.metrics().epoch)): return callback.run
-                loader = Loader(Sources(supply.sources), batch_sampler=callback.steps, num_workers=0 if all(v.tokens is not None for v in supply.sources) else settings.workers,
+                loader = Loader(Sources(supply.sources), batch_sampler=callback.steps, num_workers=0 if all(v.tokens is not None for v in supply.sources) else workers_of(settings, model),
                                     generator=torch.Generator().manual_seed(0), pin_memory=device.type == 'cuda', worker_init_fn=deaf)
                 trainer = make_trainer(settings, device, max(0, settings.epochs - callback.epoch), callback)
                 module = SageModule(model, settings)

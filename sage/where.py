@@ -61,7 +61,7 @@ def describe_files(
 ):                 # yields (numbers [n] of the images described, descriptors [n, dim] float32, list of (number, reason) of the others)
     "Descriptors batch by batch, in order. Raises `UserError` for a size that is no multiple of the patch, or a model that gives no finite numbers."
     device, transform = next(model.parameters()).device, eval_transform(check_size(size, model.patch))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, bar(len(paths), progress, progress is not None) as ticks:
+    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool, bar(len(paths), progress, progress is not None) as ticks:
         load = lambda start: pool.map(lambda p: _loaded(p, transform), paths[start:start + batch_size])
         coming = load(0)
         for start in range(0, len(paths), batch_size):

@@ -147,15 +147,15 @@ def test_what_a_pass_counts():
     greedy = b.CliqueBatches(sampler.geo.table, np.eye(3), 'ogc', 4, min_size=5)
     with pytest.raises(UserError, match=f'only 3 of the 4 places of a batch could be filled in {b.ATTEMPTS} attempts: these 12 images do not hold 4 groups of 4'): next(iter(greedy))
     record = greedy.record()
-    assert record['restarts'] == b.ATTEMPTS == 5 and record['cliques'] == record['relaxed'] == 15 and record['draws'] >= 5*b.PATIENCE and b.PATIENCE == 1000 and record['batches'] == 0
+    assert record['restarts'] == b.ATTEMPTS == 50 and record['cliques'] == record['relaxed'] == 150 and record['draws'] >= 50*b.PATIENCE and b.PATIENCE == 1000 and record['batches'] == 0
 
 def test_patience_counts_from_the_first_draw():
-    "Two places too wide to give anything: twice as many draws as places, five times over."
+    "Two places too wide to give anything: twice as many draws as places, fifty times over."
     table = make_table(image='a', city='x', place=np.repeat([0, 1], 4), easting=[0, 10, 20, 30, 5, 100, 200, 300.], northing=0.)
     sampler = b.CliqueBatches(table, strategy='random', places_per_batch=1)
     with pytest.raises(UserError, match='no place of 4 images'): next(iter(sampler))
     record = sampler.record()
-    assert (record['draws'], record['cliques'], record['restarts'], record['skipped_few']) == (20, 0, 5, 80)
+    assert (record['draws'], record['cliques'], record['restarts'], record['skipped_few']) == (200, 0, 50, 800)
 
 def test_arguments_at_their_limits():
     table = make_table(image='a', city='x', place=np.repeat(np.arange(2), 4), easting=np.repeat([0., 100], 4), northing=0.)

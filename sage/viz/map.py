@@ -94,7 +94,7 @@ def city_streets(
 STYLE = '''<style>.leaflet-container{background:%s;font-family:system-ui,"DejaVu Sans",sans-serif;font-size:13px!important} .leaflet-popup-content{margin:10px 14px;font-size:13px} .leaflet-popup-content td{vertical-align:top;padding:1px 4px}
 .leaflet-popup-content img{border-radius:4px;display:block} .leaflet-tooltip table td{padding:0} .sage-star{font:22px/22px "DejaVu Sans",sans-serif;text-align:center;text-shadow:-1px 0 #fff,1px 0 #fff,0 1px #fff,0 -1px #fff,0 0 3px #000}
 .sage-note{position:absolute;left:12px;bottom:44px;z-index:800;max-width:340px;padding:7px 11px;border-radius:5px;background:rgba(255,255,255,.9);color:#333;font:12px/1.45 system-ui,"DejaVu Sans",sans-serif;box-shadow:0 1px 4px rgba(0,0,0,.3)}
-.sage-note b{font-size:13px} .leaflet-control-layers{max-height:70vh;overflow-y:auto;color:#333}</style>'''
+.sage-note b{font-size:13px} .leaflet-control-layers{max-height:70vh;max-width:min(45vw,360px);overflow-y:auto;overflow-wrap:anywhere;color:#333}</style>'''
 DARK = '''<style>.sage-note,.leaflet-control-layers,.leaflet-bar a,.leaflet-popup-content-wrapper,.leaflet-popup-tip,.leaflet-tooltip,.leaflet-control-scale-line{background:#2B2B2B!important;color:#D8D8D8!important;border-color:#555!important;text-shadow:none}
 .leaflet-control-attribution{background:#2B2B2BB0!important;color:#AAA!important} .leaflet-control-attribution a{color:#8AB8E0!important} .sage-note a{color:#8AB8E0}</style>'''
 
