@@ -52,8 +52,9 @@ lab:
 	@$(find_py); "$(bin)/jupyter" lab nbs $(ARGS)
 
 bench:
-	@$(find_py); failed=''; for script in bench/*.py; do name=$$(basename $$script .py); [ $$name = common ] && continue; \
-	  echo "== $$script"; "$$py" $$script --out bench/results/quick/$$name.json || failed="$$failed $$name"; done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
+	@$(find_py); failed=''; took=''; sum=0; for script in bench/*.py; do name=$$(basename $$script .py); [ $$name = common ] && continue; echo "== $$script"; start=$$(date +%s); \
+	  "$$py" $$script --out bench/results/quick/$$name.json || failed="$$failed $$name"; s=$$(($$(date +%s) - start)); sum=$$((sum + s)); took="$$took$$name $$s "; done; \
+	  echo '== seconds'; printf '%-12s %5s\n' $$took sum $$sum; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 export:
 	@$(find_py); "$(bin)/nbdev_export"

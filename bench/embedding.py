@@ -86,11 +86,12 @@ def rebuild(args):
     model, rows = model_for(args.backbone), []
     for precision in ('32-true', 'bf16-mixed')[:1 + args.bf16]:
         with tempfile.TemporaryDirectory() as folder:
-            plain = lambda: Views(args.photos, eval_transform(args.sides[0]))
-            kept = lambda: Views(args.photos, eval_transform(args.sides[0]), kept=PrefixCache(folder, model.backbone, 10).at(args.sides[0], precision))
-            n = np.arange(2 * args.images)
+            cache, transform, n = PrefixCache(folder, model.backbone, 10), eval_transform(args.sides[0]), np.arange(2 * args.images)  # once for a training: all weights are hashed
+            plain = lambda: Views(args.photos, transform)
+            kept = lambda: Views(args.photos, transform, kept=cache.at(args.sides[0], precision))                       # what the files hold, opened anew
             run = lambda views: embed(model, views(), n, batch_size=args.images, precision=precision)
             run(kept)                                                                  # the cold pass
+            assert kept().kept.find(args.photos.image[:len(n)]).all(), 'not all tokens were written'
             seconds, cpu = by_turns({'from pixels': lambda: run(plain), 'from kept tokens': lambda: run(kept)}, args.turns)
             cosine = (run(plain) * run(kept)).sum(1).min()
         for name, t in seconds.items():
@@ -145,7 +146,7 @@ def decoding(args):
     return rows
 
 
-if __name__ == '__main__':
+def main():
     parser = arguments(__doc__)
     parser.add_argument('--backbone', default='vit_base_patch14_dinov2.lvd142m')
     parser.add_argument('--images', type=int, default=8, help='a batch')
@@ -158,5 +159,7 @@ if __name__ == '__main__':
     with tempfile.TemporaryDirectory() as folder:
         args.photos = photographs(folder, max(32, 2 * args.images), args.seed)
         rows = [row for part in args.only.split(',') for row in dict(describe=describe, rebuild=rebuild, loader=loader, decoding=decoding)[part](args)]
-    del args.photos
     keep('embedding', args, rows, ('torch', 'torchvision', 'timm', 'numpy', 'pillow'))
+
+
+if __name__ == '__main__': main()

@@ -95,7 +95,7 @@ def train_together(args, settings, folder):
     "What each device's process does; the first one speaks."
     train, val = map(tables_from_first, tables_for(args) if first() else (None, None))
     if first():
-        for name, t in {**train, **val}.items(): print(f'{name}: {summary(t)}')
+        for name, t in {**train, **val}.items(): print(f'{one_line(name)}: {summary(t)}')
     run = fit(settings, make_model(settings), train, val, folder, resume=args.resume, progress=not args.quiet)
     if first():
         print(recall_table(run).to_string(index=False))
@@ -115,7 +115,7 @@ def recall_table(
     "Recall by epoch."
     r = run.recalls()
     wide = r.pivot_table(index='epoch', columns=['table', 'k'], values='recall', sort=False).round(1)
-    wide.columns = [f'{table} R@{k}' for table, k in wide.columns]
+    wide.columns = [one_line(f'{table} R@{k}') for table, k in wide.columns]
     return wide.reset_index()
 
 # %% ../nbs/70_cli.ipynb #f275a77c

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from .core import UserError, atomic, existing, one_line, pick_device, pick_precision
 from .images import check_size, load_image
 from .geo import check_latlon
-from .photos import inside, list_images, numbers, photo_label, read_csv, unread_csvs
+from .photos import as_text, inside, list_images, numbers, photo_label, read_csv, unread_csvs
 from .ranks import launch, launched, told
 from .run import damage
 from .sources import not_too_many
@@ -192,9 +192,10 @@ def where_parser():
 def sage_where(argv):
     "Where was a photograph taken?"
     args = where_parser().parse_args(argv)
-    for photo in args.photos: existing(photo, 'file'); load_image(photo)               # refused before any work is done
+    for photo in as_text(args.photos): existing(photo, 'file'); load_image(photo)               # refused before any work is done
     if args.page and not args.photos: raise UserError('--page shows answers: name a photograph to ask about')
     if args.page and Path(args.page).is_dir(): raise UserError(f'--page {args.page}: a folder is in the way; name a file such as answer.html')
+    if args.page and Path(args.page).suffix.lower() not in ('.html', '.htm'): raise UserError(f'--page {args.page}: the answer is a page of HTML; name a file such as answer.html')
     existing(args.map)
     note = lambda text: print(one_line(text), file=sys.stderr if args.json else sys.stdout)
     model, name, side = answering(args)
@@ -248,7 +249,7 @@ def _images_of(path):
         if not images: raise UserError(f'{path} holds no images; check the path')
         return pd.DataFrame(dict(image=images, lat=np.nan, lon=np.nan))
     existing(path, 'file')
-    if path.suffix.lower() != '.csv': return pd.DataFrame(dict(image=[str(path)], lat=[np.nan], lon=[np.nan]))
+    if path.suffix.lower() != '.csv': return pd.DataFrame(dict(image=as_text([str(path)]), lat=[np.nan], lon=[np.nan]))
     df = read_csv(path, 'path')
     if not len(df): raise UserError(f'{path} has no rows; expected one for each image')
     where = {c: numbers(df, c, path, needed=False) if {'lat', 'lon'} <= {*df} else np.nan for c in ('lat', 'lon')}
@@ -324,7 +325,9 @@ def describe_to(
         if names: write_left_out(names, left_out)
         elif not w.rows: raise UserError(f'none of the {len(df):,} images can be read: {left_out[0][1]}')
         if out.suffix == '.npy':
-            with atomic(out.with_suffix('.csv')) as rows: pd.concat([df[:0], *w.names]).to_csv(rows, index=False)
+            with atomic(out.with_suffix('.csv')) as rows:
+                pd.concat([df[:0], *w.names]).to_csv(rows, index=False)
+                out.unlink(missing_ok=True)                                  # a kill in between must not leave old descriptors beside new names
     return left_out
 
 def _with_position(df):

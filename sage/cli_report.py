@@ -22,6 +22,7 @@ def sage_report(argv):
     p.add_argument('-o', '--out', metavar='FILE', help='file to write; default report.html in the run folder')
     args = p.parse_args(argv)
     if args.out and Path(args.out).is_dir(): raise UserError(f'{args.out}: is a folder; name a file, such as {Path(args.out)/"report.html"}')
+    if args.out and Path(args.out).suffix.lower() not in ('.html', '.htm'): raise UserError(f'{args.out}: the report is a page of HTML; name a file such as report.html')
     path = write_report(Run(args.run), args.out)
     print(f'written: {path} ({path.stat().st_size/1e6:.1f} MB)')
 

@@ -44,7 +44,7 @@ def degrees(
     lat, lon, zones = np.full(len(df), np.nan), np.full(len(df), np.nan), df.zone.to_numpy(str)
     for zone in np.unique(zones[zones != '']):
         rows = np.flatnonzero(zones == zone)
-        lat[rows], lon[rows] = to_latlon(df.easting.to_numpy()[rows], df.northing.to_numpy()[rows], zone)
+        lat[rows], lon[rows] = to_latlon(df.easting.to_numpy()[rows], df.northing.to_numpy()[rows], str(zone))
     return lat, lon
 
 def recorded(
@@ -152,6 +152,7 @@ def recorded_answers(
     epoch = best if best in run.epochs() else (run.epochs() or [-1])[-1]
     try: a = run.answers(epoch).get(table)
     except MissingPath: return None
+    if a and len(a.reduced) != len(labels): raise UserError(f'{run.path}: its answers are to {len(a.reduced):,} images, and its table {table!r} holds {len(labels):,}; copy the run again')
     lat, lon = degrees(labels)
     return a and (labels.assign(lat=lat, lon=lon), answer_table(labels.assign(lat=lat, lon=lon), a.queries, a.rows, a.right, a.positives > 0), epoch)
 
@@ -174,6 +175,8 @@ def geojson(
 ) -> dict:               # a FeatureCollection: places of the database, then queries
     "Places and queries as points. Queries without a positive have `right` null. Raises UserError where positions are not on the globe."
     on_globe(labels)
+    off = labels[~np.isfinite(labels[['lat', 'lon']].to_numpy(float)).all(1)]
+    if len(off): raise UserError(f'{off.image.iloc[0]}: easting {off.easting.iloc[0]}, northing {off.northing.iloc[0]} are no position of zone {off.zone.iloc[0]} ({len(off):,} such images); mend the table')
     asked = found[found.asked].groupby(['city', 'place']).right.agg(['size', 'sum'])
     places = labels[labels.role == 'database'].groupby(['city', 'place'], as_index=False).agg(lat=('lat', 'mean'), lon=('lon', 'mean'), images=('image', 'size'))
     places = places.join(asked, on=['city', 'place']).fillna(dict(size=0, sum=0))
@@ -258,7 +261,7 @@ def measured(
     wide = r.pivot_table(index=['epoch', 'table'], columns='k', values='recall', sort=False).round(1)
     lines = ['| epoch | set | ' + ' | '.join(f'R@{k}' for k in wide) + ' |', '|---' * (2 + wide.shape[1]) + '|']
     lines += [f'| {"**%d**" % e if e == epoch else e} | {_cell(t)} | ' + ' | '.join(f'{v:.1f}' for v in row) + ' |' for (e, t), row in zip(wide.index, wide.to_numpy())]
-    how = f'Recall in percent, one seed ({s.get("seed", "unknown")}); a positive lies within 25 m; queries without a positive are left out; images of {_pixels(_side(s))}, each described by itself (head off).'
+    how = f'Recall in percent, one seed ({_cell(s.get("seed", "unknown"))}); a positive lies within 25 m; queries without a positive are left out; images of {_cell(_pixels(_side(s)))}, each described by itself (head off).'
     return '\n'.join([how + (f' These weights are those of epoch {epoch}.' if epoch is not None else ''), '', *lines])
 
 def _cell(text): # text of others in a markdown table
@@ -288,7 +291,8 @@ def write_hub(
     if folder.exists() and not folder.is_dir(): raise UserError(f'{folder}: a file is in the way of the folder; choose another name')
     model, _, settings = load_checkpoint(checkpoint)
     run = run_of(checkpoint)
-    slots = card_slots(run, run.best() if Path(checkpoint).is_dir() else int(Path(checkpoint).stem)) if run else dict(size=_pixels(_side(settings))) if settings else {}
+    stem = Path(checkpoint).stem                                      # of a file that somebody renamed the epoch is not known
+    slots = card_slots(run, run.best() if Path(checkpoint).is_dir() else int(stem) if stem.isascii() and stem.isdigit() else None) if run else dict(size=_pixels(_side(settings))) if settings else {}
     model.save_pretrained(folder, model_card_kwargs=slots)
     return folder
 

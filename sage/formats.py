@@ -46,7 +46,7 @@ def _read_gsv_city(root, path):
     stems = np.array(gsv_names(df), dtype=object)
     check_unique(stems, 'image', path)
     image = np.empty(len(df), dtype=object)
-    for city, rows in df.groupby('city_id').indices.items(): image[rows] = locate_images(root/'Images'/_folder_name(city, path), stems[rows], path)
+    for city, rows in df.groupby('city_id').indices.items(): image[rows] = locate_images(root/'Images'/_folder_name(city, path), stems[rows], path, root)
     date = [f'{y:04d}-{m:02d}' if y else '' for y, m in zip(df.year, df.month)]
     return fill_table(image=image, city=df.city_id, place=df.place_id, easting=easting, northing=northing, zone=zone, heading=df.northdeg % 360. % 360., time=date)
 
@@ -194,7 +194,7 @@ def _read_msls_side(folder, role, split, queries):
     subtask = role == 'query' and split != 'train' and queries == 'subtask'
     keep = _in_subtask(side, keys) if subtask else np.ones(len(keys), dtype=bool)
     keep, more = (keep, {}) if split == 'test' else _msls_labels(side, keys, keep)
-    image = locate_images(side/'images', keys[keep], side/'seq_info.csv')
+    image = locate_images(side/'images', keys[keep], side/'seq_info.csv', folder.parents[1])
     return fill_table(image=image, city=folder.name, role=role, split=split, sequence=seq['sequence_key'].to_numpy()[keep], **more)
 
 def _msls_labels(side, keys, keep):
@@ -290,7 +290,12 @@ def _utm_sets(root):
 
 def _utm_cities(root):
     "`_utm_sets` of a folder, or of each folder in it."
-    return _utm_sets(root) or [s for p in _visible(p for p in root.iterdir() if p.is_dir()).values() for s in _utm_sets(p)]
+    own = _utm_sets(root)
+    if own: return own
+    inner = _visible(p for p in root.iterdir() if p.is_dir()).values()
+    shut = next((p for p in inner if not os.access(p, os.R_OK | os.X_OK)), None)
+    if shut: raise UserError(f'{shut}: this folder cannot be read; give yourself the permission, or move it away')
+    return [s for p in inner for s in _utm_sets(p)]
 
 # %% ../nbs/04_formats.ipynb #3616f542
 def _read_utm_side(city, split, folder, role):

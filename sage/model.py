@@ -23,6 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from .core import MissingPath, UserError, atomic, seed_of
 from .dpn import full_precision
+from .images import check_size
 from .backbone import Backbone, explain_mismatch, fingerprint, make_vit, packaged_file, read_tensors, tensors_only
 from .interact import InteractHead
 from .probing import SoftProbing
@@ -165,8 +166,11 @@ def official_state(
     if isinstance(source, (str, Path)): state = read_tensors(source)
     else: state = tensors_only(source.get('model_state_dict', source) if isinstance(source, dict) else source)
     state = {k: v for k, v in state.items() if not k.startswith('aggregator.single_branch.') and k != 'backbone.model.mask_token'}
-    whole = sorted(k for k, v in state.items() if not v.is_floating_point())
+    whole = sorted(k for k, v in state.items() if not v.is_floating_point() or v.layout is not torch.strided or v.is_meta)
     if whole: raise UserError(f'weights must be floating numbers; these are not: {", ".join(whole)}')
+    held = sum({v.untyped_storage()._cdata: v.untyped_storage().nbytes() for v in state.values()}.values())
+    told = {k: v.numel() * v.element_size() for k, v in state.items()}
+    if sum(told.values()) > 2 * held: raise UserError(f'the checkpoint holds {held:,} bytes of numbers and tells of {sum(told.values()):,}, most of them in {max(told, key=told.get)}: it was not written by a training')
     return state
 
 # %% ../nbs/14_model.ipynb #22bc7cca
@@ -179,7 +183,7 @@ def _shape(state, key, dims):
     needed = SIZED_BY + HEAD_BY*any(k.startswith('encoder.') for k in state)
     absent = [k for k in needed if k not in state]
     if absent: raise UserError(f"the checkpoint has no {', '.join(absent)}: it is no SAGE checkpoint in the authors' layout, or not a whole one")
-    if state[key].ndim != dims: raise UserError(f'{key} has shape {list(state[key].shape)}, expected {dims} dimensions: the checkpoint is damaged or of another program')
+    if state[key].ndim != dims or not state[key].numel(): raise UserError(f'{key} has shape {list(state[key].shape)}, expected {dims} dimensions, none of them 0: the checkpoint is damaged or of another program')
     return state[key].shape
 
 DINOV2 = {384: 12, 768: 12, 1024: 24, 1536: 40}     # width → blocks of the released backbones; these have layer scale, and two layers in the head
@@ -191,6 +195,7 @@ def _count(state, prefix, least=0): # how many layers are numbered below `prefix
 def _vit_sizes(state, num_heads, img_size):
     "Arguments of the vision transformer."
     (_, n, width), (_, chans, patch, _) = _shape(state, 'backbone.model.pos_embed', 3), _shape(state, 'backbone.model.patch_embed.proj.weight', 4)
+    if n < 2: raise UserError(f'backbone.model.pos_embed has shape {list(state["backbone.model.pos_embed"].shape)}, no position for a patch: the checkpoint is damaged or of another program')
     if num_heads is not None and num_heads < 1: raise UserError(f'num_heads={num_heads}: a backbone has at least one head')
     scaled = width in DINOV2 or any(k.endswith(('.ls1.gamma', '.ls2.gamma')) for k in state)
     return dict(img_size=img_size or round((n - 1)**.5) * patch, patch_size=patch, in_chans=chans, embed_dim=width, depth=_count(state, 'backbone.model.blocks.', DINOV2.get(width, 0)),
@@ -230,7 +235,7 @@ def build_sage(
             body = Backbone(VisionTransformer(**sizes['vit']), **sizes['body'])
             probing = SoftProbing(body.dim, **sizes['probing'])
             model = SAGE(body, probing, InteractHead(**sizes['interact']) if sizes['interact'] else None, dict(sizes=sizes))
-    except (AssertionError, ZeroDivisionError) as e: raise UserError(f'no vision transformer has these sizes ({e}): {sizes["vit"]}; give num_heads= and img_size=') from e
+    except (AssertionError, ArithmeticError, RuntimeError) as e: raise UserError(f'no vision transformer has these sizes ({str(e).splitlines()[0] if str(e) else type(e).__name__}): {sizes["vit"]}; give num_heads= and img_size=') from e
     return model.to_empty(device=device)
 
 def load_official(
@@ -243,7 +248,7 @@ def load_official(
 ) -> SAGE: # in eval mode
     "The authors' released weights as a SAGE model; UserError listing every key that does not fit."
     state = official_state(checkpoint_or_state_dict)
-    model = build_sage(official_sizes(state, num_heads, interact_heads, img_size))
+    model = build_sage(official_sizes(state, num_heads, interact_heads, img_size), 'meta')
     load_all(model, state, 'the checkpoint', official_name)
     model.backbone.fuse(fused)
     model.config['fused'] = fused
@@ -255,9 +260,10 @@ def load_all(
     source='the checkpoint', # for the message
     name=str, # our name → the name in `state`
 ):
-    "Load a complete state; UserError listing the keys that do not fit."
+    "Load a complete state; UserError listing the keys that do not fit. A model without memory (device 'meta') is given some once they do."
     ours = model.state_dict()
     explain_mismatch({name(k): v.shape for k, v in ours.items()}, {k: v.shape for k, v in state.items()}, source)
+    if next(model.parameters()).is_meta: model.to_empty(device='cpu')
     model.load_state_dict({k: state[name(k)] for k in ours})
 
 # %% ../nbs/14_model.ipynb #e670864c
@@ -389,7 +395,10 @@ def read_header(
     if header.get('format') != FORMAT: raise UserError(f'{path} is no SAGE checkpoint ({header.get("format", "no format")!r} where {FORMAT!r} is expected); the authors\' released weights are a .pth file')
     try: parts = {k: json.loads(header[k]) for k in ('model', 'config', 'pca') if k != 'pca' or k in header}
     except (KeyError, ValueError, RecursionError) as e: raise _bad_header(path) from e
-    if any(not isinstance(v, dict) for v in parts.values()) or not {'holds', 'backbone_sha256'} <= {*header}: raise _bad_header(path)
+    settings = parts['config'].get('settings', {}) if isinstance(parts['config'], dict) else None
+    if any(not isinstance(v, dict) for v in (*parts.values(), settings)) or not {'holds', 'backbone_sha256'} <= {*header}: raise _bad_header(path)
+    try: check_size(1 if (side := settings.get('eval_size')) is None else side, 1)
+    except UserError as e: raise UserError(f'{path}: its header tells of an evaluation that cannot be: {e}') from None
     return header | parts
 
 def _bad_header(path): return UserError(f'{path}: the header of this checkpoint is damaged; save it again')
@@ -504,8 +513,10 @@ def from_pretrained(cls:SAGE,
     "A saved model. Raises `UserError` where there is neither such a folder nor such a name within reach."
     name = pretrained_model_name_or_path
     try: return PyTorchModelHubMixin.from_pretrained.__func__(cls, name, **how)
+    except UserError: raise
     except (HFValidationError, LocalEntryNotFoundError): raise UserError(f'{name}: no such folder here, and not to be had from the hub; give a folder that save_pretrained wrote, or OWNER/NAME with a network') from None
     except HfHubHTTPError as e: raise UserError(f'{name}: the hub does not hand it out ({str(e).splitlines()[0]}); check the name, or give a folder that save_pretrained wrote') from None
+    except (ValueError, AttributeError, TypeError, RecursionError) as e: raise UserError(f'{name}: its config.json is not what save_pretrained wrote ({str(e)[:100] or type(e).__name__}); copy the folder again') from e
 
 @patch
 def generate_model_card(self:SAGE,

@@ -154,7 +154,7 @@ def frame_positives(
     within:int = 0, # frames
 )->list: # for each query the sorted rows of the database with |frame − frame| ≤ within
     "Positives by frame number; `within` 0 is the same frame or pair."
-    order = np.argsort(database, kind='stable')
+    order, within = np.argsort(database, kind='stable'), min(within, int(np.max([0, *database, *queries])))       # further apart than all frames no two are
     low = np.searchsorted(database[order], queries - within, 'left')
     high = np.searchsorted(database[order], queries + within, 'right')
     return [np.sort(order[a:b]) if q >= 0 else order[:0] for q, a, b in zip(queries, low, high)]

@@ -25,8 +25,9 @@ def parse_memory(
 ) -> int:     # bytes
     "An amount of memory as typed. Raises `UserError`."
     found = re.fullmatch(r'\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*', text.lower())
-    if not found or found[2] not in _UNITS or not float(found[1]): raise UserError(f'memory {text!r} is no amount; write for example 2GB or 800MB')
-    return int(float(found[1]) * _UNITS[found[2]])
+    amount = float(found[1]) * _UNITS.get(found[2], 0) if found else 0
+    if not 0 < amount < 1e18: raise UserError(f'memory {text!r} is no amount; write for example 2GB or 800MB')
+    return int(amount)
 
 # %% ../nbs/32_stream.ipynb #af1063e1
 def release(

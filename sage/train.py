@@ -489,9 +489,9 @@ def fit(
     with quiet_lightning(), stop_on_signals(stop) as came, torch.random.fork_rng([device] if device.type == 'cuda' else []):
         try:
             callback = EpochGraph(settings, None, None, stop=stop, progress=progress)
-            callback.supply = supply = Supply(settings, model, train_tables, val_tables, caches, callback.ticker)
             if resume: Run(run)
             with alone(run) if first() else nullcontext():
+                callback.supply = supply = Supply(settings, model, train_tables, val_tables, caches, callback.ticker)
                 callback.run, callback.epoch = open_run(run, settings, model, supply.tables, [v.name for v in supply.validations], resume)
                 if from_first(callback.epoch >= settings.epochs and callback.epoch in set(callback.run.metrics().epoch)): return callback.run
                 loader = Loader(Sources(supply.sources), batch_sampler=callback.steps, num_workers=0 if all(v.tokens is not None for v in supply.sources) else workers_of(settings, model),

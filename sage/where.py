@@ -209,7 +209,7 @@ def _opened(root, folder, about):
         gone = [n for n in about['bytes'] if not (folder/n).exists()]
         if gone: raise MissingPath(f'{folder/gone[0]}: this part of the index is gone; make it again with --rebuild') from None
         raise harm(' '.join(str(e).split())[:80]) from None
-    if not fits or (files.reason == '').sum() != index.ntotal or index.d != about['dim']: raise harm('its parts do not belong together')
+    if not fits or type(faiss.downcast_index(index)) not in (faiss.IndexFlat, faiss.IndexFlatL2) or index.metric_type != faiss.METRIC_L2 or (files.reason == '').sum() != index.ntotal or index.d != about['dim']: raise harm('its parts do not belong together')
     return PhotoMap(root, folder, about, files, index)
 
 _KINDS = dict(image='text', bytes='i', changed='i', sha='text', reason='text', lat='f', lon='f', easting='f', northing='f', zone='text', city='text', place='i', heading='f', time='text')

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from scipy.spatial.distance import cdist
 from scipy.stats import chi2_contingency
 
 from sage.batches import STRATEGIES, CliqueBatches, Features, _products, draw_places, product_type
@@ -207,6 +208,44 @@ def test_pairs_cities_sizes_and_ranks(strategy):
         keep = b > len(fast)/len(slow)*6                                              # at least six expected among the slow ones
         table = np.array([[*a[keep], a[~keep].sum()], [*b[keep], b[~keep].sum()]]); table = table[:, table.sum(0) > 0]
         assert table.shape[1] > 1 and chi2_contingency(table).pvalue > 1e-4, (name, chi2_contingency(table).pvalue)
+
+def published_batch(images, F, xy, P, k, r, shuffled):
+    "The published clique miner on one city (places' images, their descriptors), as `Published` in bench/mining.py: cliques of one batch and their members, and the draws. Its one change, if `shuffled`: of the cliques that networkx finds it takes any, not the first."
+    cliques, members, draws = [], [], 0
+    while len(members) < P:
+        draws += 1; seed = r.integers(len(F))
+        d = cdist(F[seed:seed+1], F)[0]; p = d.max() - d; p[seed] = 0
+        rows = np.concatenate([images[i] for i in (seed, *r.choice(len(F), 15, replace=False, p=p/p.sum()))])
+        near = cdist(xy[rows], xy[rows]) < 25
+        while len(members) < P:
+            found = [c for c in nx.find_cliques(nx.from_numpy_array(near)) if len(c) >= k]
+            if not found: break
+            clique = found[r.integers(len(found)) if shuffled else 0]
+            cliques.append(sorted(rows[clique].tolist())); members.append(rows[r.choice(clique, k, replace=False)].tolist())
+            gone = near[clique].any(0); near[gone] = False; near[:, gone] = False
+    return cliques, members, draws
+
+def test_same_distribution_as_the_published_procedure_with_its_cliques_shuffled():
+    "Two places from one draw each, of a street that cliques overlap on. (From a second draw on the published one takes images that are near earlier ones, or come twice; ours never.) The first clique that networkx finds is another choice, which the same test sees."
+    df, F = town(21, (24,), images=(4, 8), step=17., wide=9.); F = 20*F
+    codes = place_rows(df)[1]; xy = df[['easting', 'northing']].to_numpy(); images = [np.flatnonzero(codes == p) for p in range(24)]
+    sampler = CliqueBatches(df, F, 'static', 2, min_size=4, keep=20_000); take(sampler, 20_000)
+    fast = [([rows[a:b].tolist() for a, b in zip(ptr[:-1], ptr[1:])], batch.tolist()) for batch, rows, ptr in sampler._pass.kept]
+    pair = lambda x: [int(codes[c[0]]) for c in x[0]]
+    statistics = dict(pair=lambda x: pair(x)[0]*24 + pair(x)[1], unordered=lambda x: min(pair(x))*24 + max(pair(x)), first_size=lambda x: len(x[0][0]), second_size=lambda x: len(x[0][1]), labels=lambda x: len(set(codes[x[0][0]])),
+                      member=lambda x: x[1][0][0], last=lambda x: x[1][1][3], rank=lambda x: x[0][1].index(x[1][1][0]))
+    r, chances = np.random.default_rng(6), {}
+    for shuffled in (True, False):
+        slow = [published_batch(images, F, xy, 2, 4, r, shuffled) for _ in range(700)]
+        assert all(x[2] == 1 for x in slow) and sampler.record()['draws'] == 20_000
+        for name, what in statistics.items():
+            a, b = (np.bincount([what(x) for x in side], minlength=len(df) + 24**2) for side in (slow, fast))
+            keep = b > len(fast)/len(slow)*6
+            table = np.array([[*a[keep], a[~keep].sum()], [*b[keep], b[~keep].sum()]]); table = table[:, table.sum(0) > 0]
+            assert table.shape[1] > 1, name
+            chances[shuffled, name] = chi2_contingency(table).pvalue
+    assert min(p for (shuffled, _), p in chances.items() if shuffled) > 1e-4, chances
+    assert chances[False, 'unordered'] < 1e-6, chances
 
 @pytest.mark.parametrize('norm', [1., 91.9])
 @pytest.mark.parametrize('own', [False, True])

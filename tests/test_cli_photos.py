@@ -110,6 +110,14 @@ def test_where_with_a_checkpoint(t, capsys):
     code, _, err = run(*argv, capsys=capsys); assert code == 2 and 'another model' in err                 # the same name and sizes, other weights
 
 
+def test_a_name_that_is_no_text(t, capsys):
+    "One sentence, however the photograph is named."
+    odd = os.fsdecode(os.fsencode(t/'town') + b'/\xff.jpg')
+    shutil.copy(t/'new.png', odd)
+    for argv in (['describe', odd, '-o', t/'d.npy'], ['where', odd, '--map', t/'town'], ['describe', t/'town', '-o', t/'d.npy']):
+        code, _, err = run(*argv, '--size', 112, capsys=capsys)
+        assert code == 2 and 'no UTF-8 text' in err and len(err.splitlines()) == 1, err
+
 def test_describe(t, capsys):
     (t/'town'/'broken.jpg').write_bytes(b'\xff\xd8\xff')
     code, out, err = run('describe', t/'town', t/'new.png', '-o', t/'out'/'d.npy', '--size', 112, '--batch-size', 7, capsys=capsys)
@@ -163,7 +171,7 @@ def several(t): [(t/'town'/f'{n}.csv').write_text('path,lat,lon\n') for n in 'ab
     (several, 'several csv files'), (lambda t: [t/'new.png', '--map', t/'town', '--csv', t/'no.csv'], 'no.csv'),
     (lambda t: [t/'new.png', '--map', t/'town', '--size', 70], ('112x112', '--rebuild')), (lambda t: [t/'new.png', '--map', t/'town', '--backbone', 'sage_nano'], ('another model', '--rebuild')), (damaged, ('damaged', '--rebuild')), (damaged_json, ('damaged', '--rebuild')), (blocked, '--index'),
     (lambda t: [t/'new.png', '--map', t/'town', '--index', t/'new.png'/'i'], '--index'), (lambda t: [t/'new.png', '--map', t/'town', '--size', 57], ('57', '56', '70')), (lambda t: [t/'new.png', '--map', t/'town', '--size', 'big'], 'big'),
-    (lambda t: [t/'new.png', '--map', t/'town', '--top', 0], '--top'), (lambda t: [t/'new.png', '--map', t/'town', '--radius', -1], '--radius'), (lambda t: ['--map', t/'town', '--page', t/'p.html'], '--page'), (lambda t: [t/'new.png', '--map', t/'town', '--page', t/'town'], 'in the way'),
+    (lambda t: [t/'new.png', '--map', t/'town', '--top', 0], '--top'), (lambda t: [t/'new.png', '--map', t/'town', '--radius', -1], '--radius'), (lambda t: ['--map', t/'town', '--page', t/'p.html'], '--page'), (lambda t: [t/'new.png', '--map', t/'town', '--page', t/'town'], 'in the way'), (lambda t: [t/'new.png', '--map', t/'town', '--page', t/'new.png'], 'page of HTML'),
     (lambda t: [t/'new.png', '--map', t/'town', '--page', t/'new.png'/'p.html'], 'p.html'), (lambda t: [t/'new.png', '--map', t/'town', '--checkpoint', t/'no.safetensors'], 'no.safetensors'), (lambda t: [t/'new.png', '--map', t/'town', '--device', 'cuda:77'], 'cuda:77'), (lambda t: [t/'new.png', '--map', t/'town', '--fast'], '--fast'),
 ], ids=lambda v: (v if isinstance(v, str) else ' '.join(v)) if isinstance(v, (str, tuple)) else '')
 def test_bad_questions(make, says, t, capsys):

@@ -1,5 +1,5 @@
 "What others open: ONNX against torch, parquet, GeoJSON; and one sentence where something is missing."
-import builtins, importlib.util, json, subprocess, sys
+import builtins, importlib.util, json, shutil, subprocess, sys
 
 import numpy as np
 import pandas as pd
@@ -201,6 +201,25 @@ def test_refused(folder, tmp_path, capsys):
              (('--checkpoint', folder/'nowhere', '--onnx', out/'a.onnx'), 'no such'), (('--checkpoint', folder/'nowhere', '--hub', out/'hub'), 'no such'), (('--checkpoint', run, '--onnx', out/'a.onnx', '--size', 'big'), '--size')]
     for argv, says in cases: assert says in refused(capsys, *argv), says
     assert not list(out.iterdir())
+
+@pytest.mark.parametrize('file, column, value', [('nodes', 'image', ...), ('nodes', 'image', None), ('nodes', 'place', 'x'), ('nodes', 'lat', 'x'), ('mined', 'role', ...), ('mined', 'image', ...), ('asked', 'role', ...), ('asked', 'zone', ...), ('asked', 'zone', '99Z'), ('asked', 'easting', 'x'), ('asked', 'easting', 9e7), ('asked', 'place', 1.5)])
+def test_a_run_of_other_tables(folder, tmp_path, capsys, file, column, value):
+    "Parquet files that are whole and hold something else than a training writes: one sentence, and nothing is written."
+    shutil.copytree(folder/'run', tmp_path/'run')
+    path = tmp_path/'run'/'epochs'/'0000'/'nodes.parquet' if file == 'nodes' else tmp_path/'run'/'tables'/Run(tmp_path/'run').config['tables'][file]
+    df = pd.read_parquet(path)
+    (df.drop(columns=column) if value is ... else df.assign(**{column: value})).to_parquet(path)
+    said = refused(capsys, '--run', tmp_path/'run', *(('--geojson', tmp_path/'m.geojson') if file == 'asked' else ('--parquet', tmp_path/'m.parquet')), '--quiet')
+    assert path.name in said or str(value) in said or 'no position of zone' in said, said
+    assert [p.name for p in tmp_path.iterdir()] == ['run']
+
+def test_answers_to_another_table(tmp_path, capsys):
+    from sage.viz.toy import toy_run
+    run = toy_run(tmp_path/'toy', epochs=0)
+    path = run.path/'tables'/'01.parquet'
+    pd.read_parquet(path)[:300].to_parquet(path)
+    assert "its answers are to 600 images, and its table 'Otherville' holds 300" in refused(capsys, '--run', run.path, '--geojson', tmp_path/'m.geojson')
+
 
 def test_a_file_in_the_way_stays(folder, tmp_path, capsys):
     (tmp_path/'a.parquet').write_text('mine')

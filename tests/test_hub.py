@@ -109,6 +109,30 @@ def test_hub_folder_in_the_way(run, tmp_path):
     with pytest.raises(UserError, match='a file is in the way'): write_hub(run.path, tmp_path/'file')
     assert (tmp_path/'hub'/'README.md').read_bytes() == before
 
+@pytest.mark.parametrize('text', ['{', '[1]', '5', '\udcff', '[' * 10_000])
+def test_a_folder_whose_config_is_none(tmp_path, text):
+    create_sage(**SMALL).save_pretrained(tmp_path/'hub')
+    (tmp_path/'hub'/'config.json').write_bytes(text.encode('utf-8', 'surrogateescape'))
+    with pytest.raises(UserError, match='hub: its config.json is not what save_pretrained wrote'): SAGE.from_pretrained(tmp_path/'hub')
+
+def test_a_checkpoint_that_was_renamed(run, tmp_path):
+    "Its epoch is not known, and the card does not name one."
+    (run.path/'checkpoints'/'0001.safetensors').rename(run.path/'checkpoints'/'best one.safetensors')
+    card = (write_hub(run.path/'checkpoints'/'best one.safetensors', tmp_path/'hub')/'README.md').read_text()
+    assert 'R@1' in card and 'These weights are those of epoch' not in card
+
+def test_a_run_that_does_not_say_its_data(run, tmp_path):
+    config = json.loads((run.path/'config.json').read_text())
+    for data in ({'mined': {}}, {'mined': dict(images='2', places=2)}, {'mined': 5}):
+        (run.path/'config.json').write_text(json.dumps(config | dict(data=data)))
+        with pytest.raises(UserError, match="the part 'data' is damaged"): write_hub(run.path, tmp_path/'hub')
+
+def test_text_of_others_in_a_card(run):
+    config = json.loads((run.path/'config.json').read_text())
+    (run.path/'config.json').write_text(json.dumps(config | dict(settings=dict(seed='<script>1</script>', eval_size='<b>'))))
+    assert '<script>' not in card_slots(run)['measured'] and '<b>' not in card_slots(run)['measured']
+
+
 # ---- torch.hub -----------------------------------------------------------------------------------------------------
 
 def test_torch_hub_loads(root):

@@ -70,6 +70,28 @@ def test_sixteen_bits_are_scaled_not_clipped(name, tmp_path):
     Image.fromarray(np.full((4, 4), 200, np.uint16)).save(tmp_path/'dark.png'); assert np.asarray(load_image(tmp_path/'dark.png')).max() == 0    # dark stays dark
 
 
+def test_whole_numbers_of_32_bits(tmp_path):
+    "Sixteen bits in a larger box are used; what lies beyond has no scale, and is neither white nor black."
+    values = np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.int32)
+    Image.fromarray(values).save(tmp_path/'a.tif'); assert np.abs(np.asarray(load_image(tmp_path/'a.tif'))[..., 0] - values/257).max() <= 1
+    for bad in (values*2, values - 1, np.full((4, 4), 2**31 - 1, np.int32)): Image.fromarray(bad).save(tmp_path/'a.tif'); says('32-bit numbers from', load_image, tmp_path/'a.tif')
+
+
+@pytest.mark.parametrize('mode, kind', [('RGBA', 'PNG'), ('LA', 'PNG'), ('P', 'GIF'), ('P', 'PNG'), ('RGB', 'PNG'), ('L', 'PNG'), ('I;16', 'TIFF'), ('I;16B', 'TIFF'), ('I', 'TIFF')])
+def test_in_pieces_as_in_one(mode, kind, tmp_path):
+    "A picture of several pieces, transparent or deep, turned by EXIF: the pixels that converting it whole would give."
+    g, exif = np.random.default_rng(0), Image.Exif()
+    exif[0x0112] = 6
+    if mode.startswith('I'): image = Image.fromarray(g.integers(0, 65536, (1100, 2001)).astype(dict(I=np.int32).get(mode, np.dtype('>u2' if mode.endswith('B') else '<u2'))))
+    else: image = Image.fromarray(g.integers(0, 256, (1100, 2001, 4), dtype=np.uint8)).convert(mode)
+    image.save(tmp_path/'a', kind, **(dict(transparency=dict(P=3, L=7, RGB=(1, 2, 3))[mode]) if mode in ('P', 'L', 'RGB') else {}), **(dict(exif=exif) if kind != 'GIF' else {}))
+    with Image.open(tmp_path/'a') as whole:
+        whole.load()
+        if mode.startswith('I'): want = Image.fromarray((np.asarray(whole)//256).astype(np.uint8)).convert('RGB')
+        else: want = Image.alpha_composite(Image.new('RGBA', whole.size, 'white'), whole.convert('RGBA')).convert('RGB')
+    np.testing.assert_array_equal(np.asarray(load_image(tmp_path/'a')), np.asarray(want if kind in ('GIF', 'TIFF') else want.transpose(Image.Transpose.ROTATE_270)))      # a TIFF is turned by Pillow as it is decoded
+
+
 def test_floating_point_is_refused(tmp_path):
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path/'a.tif'); says('floating-point', load_image, tmp_path/'a.tif')
 

@@ -1,5 +1,5 @@
 """Damaged trees, tables, EXIF blocks and checkpoints through the commands: one sentence on stderr, exit code 2, and the disk as it was."""
-import json, os, shutil, struct, subprocess, sys
+import gzip, json, os, shutil, struct, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +83,11 @@ def unlinked(t): # every image is a link to nothing
     for p in list((t/'images').rglob('*.jpg')): p.unlink(); p.symlink_to(t/'nothing')
 
 
+def linked_out(t): # an image is a link to a picture elsewhere
+    path, secret = min(t.rglob('*.jpg')), t.parent/'secret.jpg'
+    Image.new('RGB', (56, 56), 'red').save(secret); path.unlink(); path.symlink_to(secret)
+
+
 TRAIN = [
     ('gsv', remove('Images'), 'no such folder'),
     ('gsv', put('aldwick.csv', b''), 'aldwick.csv'),
@@ -100,6 +105,9 @@ TRAIN = [
     ('gsv', edit('aldwick.csv', lambda d: d.assign(panoid='x' * 400)), 'aldwick.csv'),
     ('gsv', lambda t: (shutil.rmtree(t/'Dataframes'), (t/'Dataframes').write_text('a file')), 'can be placed'),
     ('gsv', lambda t: (shutil.rmtree(t/'Dataframes'), (t/'Dataframes').symlink_to(t/'Dataframes')), 'can be placed'),
+    ('gsv', linked_out, 'leads out of'),
+    ('gsv', put('aldwick.csv', gzip.compress(b'place_id,year\n1,2\n', mtime=0)), 'not UTF-8'),
+    ('msls', linked_out, 'leads out of'),
     ('msls', remove('raw.csv'), 'raw.csv'),
     ('msls', remove('postprocessed.csv'), 'postprocessed.csv'),
     ('msls', remove('aldwick'), "holds no city for the split 'train'"),

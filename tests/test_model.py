@@ -1,5 +1,5 @@
 """The model against an independent reading of the paper's code, its promises, its files, and bad input."""
-import hashlib, math, os, socket, subprocess, sys, threading, time
+import hashlib, math, os, re, socket, subprocess, sys, threading, time
 
 import huggingface_hub, pytest, timm, torch
 import torch.nn.functional as F
@@ -549,3 +549,49 @@ def test_official_named_twice():
 def test_official_heads():
     for heads in (-1, -3):
         with pytest.raises(UserError, match='head'): load_official(official(), num_heads=heads)
+
+
+def boast(*shape): return torch.zeros(1).expand(*shape)                       # one number that claims to be many
+
+
+@pytest.mark.parametrize('key, shape', [('aggregator.score.3.weight', (10**6, 10**6, 1, 1)), ('aggregator.score.0.weight', (10**6, 10**6, 1, 1)), ('backbone.model.pos_embed', (1, 10**12, 32)), ('backbone.model.pos_embed', (1, 26, 10**6)), ('aggregator.gpn.projection.0.weight', (10**6, 10**6))])
+def test_official_that_boasts(tmp_path, key, shape):
+    "A file of some kilobytes asks for terabytes: refused before any memory is taken."
+    torch.save(dict(model_state_dict=official() | {key: boast(*shape)}), tmp_path/'o.pth')
+    with pytest.raises(UserError, match=f'bytes of numbers and tells of .* most of them in {re.escape(key)}'): load_official(tmp_path/'o.pth', num_heads=2)
+
+
+def test_official_is_compared_before_it_gets_memory(monkeypatch):
+    "Also where one tensor is whole and large, and the others are not what it asks for."
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, 'to_empty', lambda self, device=None, **_: asked.append(str(device)) or self)
+    with pytest.raises(UserError, match='does not fit the model'): load_official(official() | {'aggregator.score.3.weight': torch.zeros(1000, 8, 1, 1)}, num_heads=2)
+    assert set(asked) <= {'meta'}
+
+
+@pytest.mark.parametrize('key, shape', [('backbone.model.pos_embed', (1, 0, 32)), ('backbone.model.pos_embed', (1, 1, 32)), ('backbone.model.pos_embed', (1, 26, 0)), ('backbone.model.patch_embed.proj.weight', (32, 3, 0, 0)), ('backbone.model.blocks.0.mlp.fc1.weight', (0, 32)),
+                                        ('aggregator.score.3.weight', (0, 8, 1, 1)), ('backbone.gpn_norms.0.projection.0.weight', (0, 32))])
+def test_official_without_numbers(key, shape):
+    with pytest.raises(UserError) as e: load_official(official() | {key: torch.zeros(*shape)}, num_heads=2)
+    sentence(e, key, str(list(shape)))
+
+
+@pytest.mark.parametrize('odd', [torch.zeros(3, 3).to_sparse(), torch.zeros(3, 3, device='meta')], ids=['sparse', 'without numbers'])
+def test_official_of_odd_tensors(odd):
+    with pytest.raises(UserError) as e: load_official(official() | {'aggregator.score.3.bias': odd}, num_heads=2)
+    sentence(e, 'aggregator.score.3.bias')
+
+
+@pytest.mark.parametrize('settings', [5, [], None, 'x', *(dict(eval_size=s) for s in ('x', -14, 0, 2.5, True, {}, [], [56], [56, 0], [56, 'x'], {'a': 1}, 10**400, 1_400_000, [14, 99_999_998]))], ids=lambda s: str(s)[:30])
+def test_a_header_whose_settings_are_none(tmp_path, settings):
+    "What a checkpoint was evaluated at is read by every command that describes."
+    save_sage(create_sage('sage_nano', pretrained=False, probes=4, probe_dim=4, token_dim=4), tmp_path/'m.safetensors', dict(settings=settings))
+    for read in (read_header, load_sage):
+        with pytest.raises(UserError) as e: read(tmp_path/'m.safetensors')
+        sentence(e, 'm.safetensors')
+
+
+def test_a_header_whose_settings_are_some(tmp_path):
+    for settings in ({}, dict(eval_size=None), dict(eval_size=322), dict(eval_size=[56, 84]), dict(eval_size=57)):
+        save_sage(create_sage('sage_nano', pretrained=False, probes=4, probe_dim=4, token_dim=4), tmp_path/'m.safetensors', dict(settings=settings))
+        assert read_header(tmp_path/'m.safetensors')['config']['settings'] == settings

@@ -9,7 +9,7 @@ from PIL import Image
 
 from sage.cli_data import sage_data
 from sage.formats import write_gsv, write_msls, write_utm
-from sage.geo import to_latlon
+from sage.geo import to_latlon, to_utm
 from sage.places import make_table
 from sage.preflight import check, doubles, overlaps, swapped, wide_places
 
@@ -115,7 +115,81 @@ def test_swapped_and_mixed_zones_in_names(tmp_path):
     f = one.name.split('@'); f[5], f[6] = f[6], f[5]; one.rename(side/'@'.join(f))
     f = two.name.split('@'); f[3] = '33'; two.rename(side/'@'.join(f))
     said = '\n'.join(check(tmp_path/'x').warnings)
-    assert 'latitude and longitude seem swapped in 1 of 25 names' in said and 'zones are mixed: 24 names say 32N, 1 names say 33N' in said and 'more than 100 m' in said
+    assert 'latitude and longitude seem swapped in 1 of 25 names' in said and f'zones are mixed: 24 names say 32N, 1 names say 33N, e.g. {"@".join(f)}' in said and 'more than 100 m' in said
+
+
+def msls(tmp_path, **more):
+    write_msls(cards(tmp_path/'a', 'lund', **more), tmp_path/'msls')
+    return tmp_path/'msls', sorted((tmp_path/'msls').rglob('raw.csv'))
+
+
+def spoil(path, change):
+    df = pd.read_csv(path, dtype=str, index_col=0); change(df); df.to_csv(path)
+
+
+def swap(df, rows=slice(None)): df.iloc[rows, [df.columns.get_loc('lat'), df.columns.get_loc('lon')]] = df[['lon', 'lat']].iloc[rows].to_numpy()
+
+
+@pytest.mark.parametrize('zone, easting', [('32N', 5e5), ('54N', 3.9e5), ('1S', 2e5)])
+def test_a_city_of_msls_that_is_swapped_as_a_whole(tmp_path, zone, easting):
+    "Its rows are neighbours of one another; its metres tell. In zone 54 the swapped latitude is no latitude."
+    root, raws = msls(tmp_path, zone=zone, easting=easting + np.arange(25.))
+    assert check(root).warnings == []
+    for path in raws: spoil(path, swap)
+    said = [w for w in check(root).warnings if 'seem swapped' in w]
+    if zone != '54N': assert len(said) == 2 and all('the other way round they agree with easting and northing' in w for w in said) and 'in 20 of 20 rows, e.g. row 0: ' in said[0] and 'in 5 of 5 rows' in said[1], check(root).warnings
+    else: assert len(said) == 2, check(root).warnings
+
+
+def test_some_rows_of_msls_swapped_or_elsewhere(tmp_path):
+    root, raws = msls(tmp_path)
+    spoil(raws[0], lambda df: (swap(df, slice(3, 6)), df.__setitem__('lat', df.lat.where(np.arange(len(df)) != 9, '47.9'))))
+    said = '\n'.join(check(root).warnings)
+    assert 'seem swapped in 3 of 20 rows, e.g. row 3: ' in said and 'easting and northing are more than 100 m from latitude and longitude in 1 of 20 rows, e.g. row 9: 47.9' in said
+    spoil(raws[1], lambda df: df.__setitem__('lat', '12'))
+    assert 'easting and northing are more than 100 m from latitude and longitude in 5 of 5 rows, e.g. row 0: 12' in '\n'.join(check(root).warnings)
+
+
+def test_a_city_on_the_edge_of_a_zone_contradicts_nothing(tmp_path):
+    "Each image measured in the zone it fell into, as London's are."
+    lat, lon = np.full(25, 51.5), np.linspace(-.002, .002, 25)
+    root, raws = msls(tmp_path, zone='30N', easting=to_utm(lat, lon, '30N')[0], northing=to_utm(lat, lon, '30N')[1])
+    for path in raws:
+        raw, post = pd.read_csv(path, index_col=0), pd.read_csv(path.with_name('postprocessed.csv'), index_col=0)
+        east = raw.lon > 0
+        post.loc[east, 'easting'], post.loc[east, 'northing'], _ = to_utm(raw.lat[east].to_numpy(), raw.lon[east].to_numpy(), '31N')
+        assert east.any(); post.to_csv(path.with_name('postprocessed.csv'))
+    assert check(root).warnings == []
+
+
+def test_zones_of_a_csv_and_an_image_far_from_itself(tmp_path):
+    folder = tmp_path/'walk'
+    cards(folder, 'p', places=2, views=3)
+    table = lambda zone, east: (folder/'where.csv').write_text('path,easting,northing,zone\n' + ''.join(f'p_{i}.jpg,{e},5300000,{z}\n' for i, (e, z) in enumerate(zip(east, zone))))
+    near = 5e5 + np.arange(6)
+    table(['32N']*6, near); assert check(folder).warnings == []
+    table(['32N']*3 + ['33N']*2 + ['32S'], near)
+    assert [w for w in check(folder).warnings if 'zones are mixed: 3 rows say 32N, 1 rows say 32S, 2 rows say 33N, e.g. row 5: 32S' in w]
+    (folder/'p_5.jpg').write_bytes((folder/'p_0.jpg').read_bytes())
+    table(['32N']*6, near); assert check(folder).warnings == [], 'a copy that lies 5 m away'
+    table(['32N']*6, near + 5000*(np.arange(6) == 5))
+    said = '\n'.join(check(folder).warnings)
+    assert '1 images occur at positions more than 50 m apart, e.g. ' in said and 'p_0.jpg and ' in said and 'p_5.jpg' in said
+    (folder/'where.csv').write_text('path,lat,lon\n' + ''.join(f'p_{i}.jpg,55.7,{x}\n' for i, x in enumerate([11.9999, 11.99, 11.98, 4, -60, 12.0001])))     # of two cities made from zones, 12 m apart
+    assert not [w for w in check(folder).warnings if 'images occur' in w]
+
+
+def test_degrees_and_metres_of_a_csv(tmp_path):
+    "A csv of photographs may give both; degrees are read."
+    folder = tmp_path/'walk'
+    cards(folder, 'p', places=2, views=3)
+    e, n, zone = to_utm(np.full(6, 55.7), 13.2 + 1e-4*np.arange(6))
+    def said(turn, zones, shift=0):
+        (folder/'where.csv').write_text('path,lat,lon,easting,northing,zone\n' + ''.join(f'p_{i}.jpg,{",".join(["55.7", str(13.2 + 1e-4*i)][::turn])},{e[i] + shift},{n[i]},{zones}\n' for i in range(6)))
+        return '\n'.join(check(folder).warnings)
+    for zones in ('', zone, '99Z'):
+        assert said(1, zones) == '' and 'swapped in 6 of 6 rows, e.g. row 0: 13.2, 55.7, the other way round' in said(-1, zones)
+        assert 'easting and northing are more than 100 m from latitude and longitude in 6 of 6 rows' in said(1, zones, 9e4)
 
 
 def test_swapped_against_a_plain_reading():

@@ -95,7 +95,7 @@ def test_command(run, tmp_path, root, monkeypatch):
     done = sage_report(run.path, '-o', tmp_path/'r.html')
     assert done.returncode == 0 and 'written: ' in done.stdout and (tmp_path/'r.html').stat().st_size < LIMIT, done.stderr
 
-@pytest.mark.parametrize('args,said', [(('/no/such/run',), '/no/such/run'), ((), 'run'), (('{tmp}',), 'config.json'), (('{run}', '-o', '{tmp}'), 'is a folder')])
+@pytest.mark.parametrize('args,said', [(('/no/such/run',), '/no/such/run'), ((), 'run'), (('{tmp}',), 'config.json'), (('{run}', '-o', '{tmp}'), 'is a folder'), (('{run}', '-o', '{run}/metrics.jsonl'), 'page of HTML')])
 def test_command_refuses(run, tmp_path, root, monkeypatch, args, said):
     from sage.cli_report import sage_report
     from sage.command import said as complaint
@@ -113,3 +113,22 @@ def test_a_record_of_another_shape_is_a_page_or_one_sentence(tmp_path, change):
     try: page = write_report(run, tmp_path/'r.html').read_text()
     except UserError as e: assert str(run.path) in str(e) and '\n' not in str(e); return
     assert 'cannot be drawn from what the run recorded' in page or 'class="absent"' in page
+
+
+def test_a_validation_set_that_is_not_there(run, tmp_path):
+    "A name without a table costs its own pictures, not the report."
+    shutil.copytree(run.path, tmp_path/'run')
+    config = json.loads((tmp_path/'run'/'config.json').read_text())
+    (tmp_path/'run'/'config.json').write_text(json.dumps(config | dict(validation=['Otherville', 'nowhere'])))
+    page = write_report(Run(tmp_path/'run'), tmp_path/'r.html').read_text()
+    assert "no answers of a table &#39;nowhere&#39;" in page and page.count('class="figure"') >= 10
+    assert {*json.loads(re.search(r'id="faces">(.*?)</script>', page)[1])} == {'places', 'images of Otherville'}
+
+@pytest.mark.parametrize('column, value', [('image', None), ('image', 7), ('image', 7.5), ('role', ...), ('city', ...), ('easting', 'x')])
+def test_a_table_that_is_another_costs_its_own_pictures(run, tmp_path, column, value):
+    shutil.copytree(run.path, tmp_path/'run')
+    path = tmp_path/'run'/'tables'/'01.parquet'
+    df = pd.read_parquet(path)
+    (df.drop(columns=column) if value is ... else df.assign(**{column: value})).to_parquet(path)
+    page = write_report(Run(tmp_path/'run'), tmp_path/'r.html').read_text()
+    assert '01.parquet: ' in page and page.count('class="figure"') >= 5

@@ -3,6 +3,7 @@ import json, os, shutil, signal, subprocess, sys, tempfile, time
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from sage.core import MissingPath, UserError
+from sage.places import make_table
 from sage.run import Run, alone, answers_of, append_line, checkpoint_paths, plain, read_lines, reduce_descriptors
 
 def tables(n=5, seed=0):
@@ -161,6 +162,69 @@ def test_a_lock_from_another_container(tmp_path, monkeypatch):
         with alone(tmp_path): pass
     (tmp_path/'lock.json').write_text(json.dumps(theirs | dict(space=module._space())))   # here, and gone
     with alone(tmp_path): pass
+
+def test_an_owner_that_may_not_be_looked_at_keeps_its_lock(tmp_path, monkeypatch):
+    "A system may hide when another user's process began, or the process itself (hidepid)."
+    from sage import run as module
+    if not module._space(): pytest.skip('no /proc on this system')
+    read = module.Path.read_text
+    for hidden in (PermissionError, FileNotFoundError):
+        with alone(tmp_path):
+            monkeypatch.setattr(module.Path, 'read_text', lambda p, *a, **k: (_ for _ in ()).throw(hidden(13, 'hidden')) if str(p).startswith('/proc/') and str(p).endswith('/stat') else read(p, *a, **k))
+            with pytest.raises(UserError, match='has been writing this run'):
+                with alone(tmp_path): pass
+            monkeypatch.undo()
+
+def changed(path, **columns): # columns of a parquet file, `...` removes one
+    df = pd.read_parquet(path)
+    for c, v in columns.items(): df = df.drop(columns=c) if v is ... else df.assign(**{c: v})
+    df.to_parquet(path)
+
+@pytest.mark.parametrize('name, columns, says', [(n, {c: v}, c) for n, c, values in (('nodes', 'image', (..., None, 7, 7.5)), ('nodes', 'city', (..., 3)), ('nodes', 'place', (..., 'x', 1.5, None)), ('nodes', 'node', (..., -1, 2**40)), ('nodes', 'lat', ('x', True)), ('nodes', 'seed_score', (..., 'x')),
+        ('edges', 'src', (..., -1, .5, 'x')), ('edges', 'state', (..., 1)), ('edges', 'affinity', ('x', None)), ('cliques', 'batch', (..., 'x')), ('cliques', 'rank', (-1, None)), ('cliques', 'node', ('x', -1)), ('cliques', 'city', (5,))) for v in values])
+def test_a_record_that_is_another_table(run, name, columns, says):
+    run.write_epoch(0, *tables())
+    assert len(getattr(run, name)(0))
+    changed(run.path/'epochs'/'0000'/f'{name}.parquet', **columns)
+    with pytest.raises(UserError, match=f"{name}.parquet: damaged, .*'{says}'"): getattr(run, name)(0)
+
+def test_a_record_whose_rows_are_named_or_none(run):
+    "Rows go by their number, whatever a file calls them; a table without rows has the columns all the same."
+    run.write_epoch(0, *tables())
+    folder = run.path/'epochs'/'0000'
+    pd.read_parquet(folder/'nodes.parquet').assign(i=7).set_index('i').to_parquet(folder/'nodes.parquet')
+    assert run.nodes(0).index.tolist() == [0, 1, 2, 3, 4] and run.nodes(0).node.tolist() == [0, 1, 2, 3, 4]
+    pd.DataFrame().to_parquet(folder/'edges.parquet')
+    assert len(run.edges(0)) == 0 and {'src', 'dst', 'state'} <= {*run.edges(0)}
+
+@pytest.mark.parametrize('column, value', [(c, v) for c, values in (('image', (..., None, 7)), ('role', (..., None, 'x')), ('city', (..., 1)), ('zone', (...,)), ('place', ('x', 1.5)), ('easting', (..., 'x', None, np.inf)), ('heading', ('x',))) for v in values])
+def test_a_table_that_is_another(tmp_path, column, value):
+    places = make_table(image=['a.jpg', 'b.jpg'], place=[0, 1], easting=0., northing=0.)
+    run = Run.create(tmp_path/'run', {}, dict(mined=places))
+    pd.testing.assert_frame_equal(run.table(), places)
+    changed(run.path/'tables'/'00.parquet', **{column: value})
+    with pytest.raises(UserError, match=f'00.parquet: .*{column}'): run.table()
+
+@pytest.mark.parametrize('field, value', [('queries', np.array([0, 6])), ('queries', np.array([[0, 1]])), ('rows', np.full((2, 3), 10**6)), ('rows', np.full((2, 3), -1)), ('rows', np.zeros((1, 3), int)), ('rows', np.zeros((2, 0), int)), ('rows', np.zeros(2, int)), ('right', np.zeros((2, 3))),
+                                          ('distances', np.full((2, 3), 'x')), ('positives', np.zeros(3, int)), ('reduced', np.zeros((0, 4))), ('names', np.array(['town', 'more']))])
+def test_answers_that_do_not_fit(run, field, value):
+    run.write_epoch(0, *tables(), answers=dict(town=some_answers()))
+    path = run.path/'epochs'/'0000'/'answers.npz'
+    with np.load(path) as z: arrays = dict(z)
+    np.savez(path, **arrays | {field if field == 'names' else f'{field}_0': value})
+    with pytest.raises(UserError, match='answers.npz: damaged'): run.answers(0)
+
+@pytest.mark.parametrize('array', [np.zeros(5), np.zeros((5, 2), int), np.array('x'), np.zeros((2, 2, 2))], ids=str)
+def test_descriptors_that_are_none(run, array):
+    run.write_epoch(0, *tables())
+    np.save(run.path/'epochs'/'0000'/'descriptors.npy', array)
+    with pytest.raises(UserError, match='descriptors.npy: damaged'): run.descriptors(0)
+
+@pytest.mark.parametrize('value', ['"<a href=x>1</a>"', '[1]', '{"a": 1}', '1' + '0'*40])
+def test_a_metric_that_is_no_number(run, value):
+    (run.path/'metrics.jsonl').write_text('{"kind": "step", "epoch": 0, "loss": 1.5, "lr": null}\n{"epoch": 1, "\x7floss": %s}\n' % value)
+    with pytest.raises(UserError, match=r'line 2: its \\x7floss is no number'): run.metrics()
+
 
 KILLED = '''
 import sys, numpy as np, pandas as pd

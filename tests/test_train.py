@@ -2,7 +2,8 @@
 import itertools, json, os, pickle, signal, subprocess, sys, threading, time, warnings
 from dataclasses import asdict, replace
 from pathlib import Path
-import numpy as np, pandas as pd, pytest, torch
+import hypothesis, numpy as np, pandas as pd, pytest, torch
+from hypothesis import given, strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 import sage
@@ -287,6 +288,34 @@ def test_loss_is_the_sum_of_both_sources():
     module.eval()
     losses = [module.training_step((views[o], sources[o], slots[o]), 0).item() for o in (torch.arange(12), order)]
     assert abs(losses[0] - losses[1]) < 1e-5                                   # the order of images does not matter
+
+UNFINISHED = """
+import sys, numpy as np
+from test_train import toy_table
+from sage.feed import Views, view_batches
+from sage.images import eval_transform
+if __name__ == '__main__':
+    sys.kept = view_batches(Views(toy_table(sys.argv[1], places=4), eval_transform(56)), np.arange(24), 4, workers=2)
+    print(tuple(next(sys.kept).shape))
+"""
+
+def test_a_pass_that_nobody_finishes_holds_no_process_back(tmp_path):
+    "As where an error's traceback still has the loader when Python ends."
+    (tmp_path/'unfinished.py').write_text(UNFINISHED)
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')])}
+    done = subprocess.run([sys.executable, tmp_path/'unfinished.py', tmp_path/'town'], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0 and '(4, 3, 56, 56)' in done.stdout, done.stderr
+
+@pytest.fixture(scope='module')
+def step(): return SageModule(make_model(settings(), pretrained=False), settings())
+
+@given(st.permutations(range(12)), st.integers(2, 5), st.integers(0, 2**31))
+@hypothesis.settings(max_examples=50, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_loss_knows_no_order_of_images(step, order, images, seed):
+    "Whatever the places' sizes, and whether images of a place stand together or apart."
+    d, places, order = torch.nn.functional.normalize(torch.randn(12, 8, generator=torch.Generator().manual_seed(seed)), dim=1), torch.arange(12) // images, torch.tensor(order)
+    loss = lambda o: step.loss(d[o], places[o], step.miner(d[o], places[o])).item()
+    assert loss(torch.arange(12)) > 0 and abs(loss(torch.arange(12)) - loss(order)) < 1e-5
 
 def test_tokens_train_like_images(towns, tmp_path):
     a, b = (train(settings(augment='none', cache_gb=gb, strategy='random', lr=1e-5), towns, tmp_path/str(gb)) for gb in (0, 1))

@@ -3,6 +3,7 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from sage.core import UserError
 from sage.model import create_sage
+from sage.places import make_table
 from sage.run import Run
 from sage.viz.attention import attended, attended_epochs, attention_figure, best_pairs, beta_curve, contributions, match_figure, match_of, patch_pairs, picture, probe_grid, recorded_images, tiles
 from sage.viz.style import MISSING
@@ -26,7 +27,7 @@ def make(path, keep=('descriptors', 'features'), epochs=(0, 1, 3), names=None, *
     files = names or [str(path/f'picture{i}.png') for i in range(4)]
     for i, f in enumerate(files):
         if not names: Image.fromarray(np.full((40, 60, 3), 40*i, np.uint8)).save(f)
-    table = pd.DataFrame(dict(image=files, city=EVIL, place=[5, 5, 9, 9], condition=['day', '', EVIL, 'night']))
+    table = make_table(image=files, city=EVIL, place=[5, 5, 9, 9], easting=0., northing=0., condition=['day', '', EVIL, 'night'])
     run, model, exact, empty = Run.create(path/'run', dict(validation=['town'], model=dict(token_dim=G)), dict(town=table)), create_sage('sage_nano', pretrained=False, probes=K, probe_dim=D, token_dim=G), {}, table[:0]
     for e in epochs:
         descriptors, features, maps = exact[e] = describe(model)

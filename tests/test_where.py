@@ -435,6 +435,16 @@ def test_an_index_that_says_other_things_is_damaged(copy, model, change):
     says('--rebuild', read_map, copy)
     assert update_map(copy, model, SIZE, 'grid', rebuild=True).index.ntotal == 30
 
+@pytest.mark.parametrize('kind', ['IndexFlatIP', 'IndexIVFFlat'])
+def test_an_index_of_another_kind_is_damaged(copy, model, kind):
+    "Distances that are none, or one that cannot give its descriptors back."
+    path, = (copy/'.sage').glob('*.faiss'); old = where.faiss.read_index(str(path))
+    other = where.faiss.IndexFlatIP(old.d) if 'IP' in kind else where.faiss.IndexIVFFlat(where.faiss.IndexFlatL2(old.d), old.d, 1)
+    other.train(old.reconstruct_n(0, 30)); other.add(old.reconstruct_n(0, 30)); where.faiss.write_index(other, str(path))
+    about = copy/'.sage'/'index.json'; found = json.loads(about.read_text()); found['bytes'][path.name] = path.stat().st_size
+    about.write_text(json.dumps(found))
+    says('--rebuild', read_map, copy)
+
 
 # ---- real photographs
 

@@ -9,6 +9,8 @@ __all__ = ['SCRIPT', 'STYLE', 'LIMIT', 'html_table', 'recall_html', 'settings_ht
 
 # %% ../../nbs/57_report.ipynb #bc296459
 import html, json
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,6 +75,12 @@ def frame_html(
     "A page within the page."
     return f'<iframe title="{escape(title)}" srcdoc="{html.escape(page)}" style="height:{height}px" loading="lazy"></iframe>'
 
+def _pictured(run): # name → table whose images the mouse may find; one that cannot be read says so in its own chapter
+    reads, found = {'places': run.nodes} | {f'images of {n}': partial(run.table, n) for n in run.config.get('validation') or []} if run.epochs() else {}, {}
+    for name, read in reads.items():
+        with suppress(UserError): found[name] = read()
+    return found
+
 def faces_html(
     run,       # a `Run`
     room:int,  # bytes
@@ -80,9 +88,9 @@ def faces_html(
     size=84,   # pixels
 ) -> str:
     "A small picture of every place and of every image that was asked or answered, for `SCRIPT` to show where the mouse is."
-    tables, faces = {'places': run.nodes()} | {f'images of {n}': run.table(n) for n in run.config.get('validation') or []} if run.epochs() else {}, {}
+    tables, faces = _pictured(run), {}
     for name, table in tables.items():
-        if len(table) > most or 'image' not in table: continue
+        if len(table) > most: continue
         pictures = [thumbnail(i, size) for i in table.image]
         if (needs := len(json.dumps(pictures))) < room: faces[name], room, most = pictures, room - needs, most - len(table)
     left = [escape(name) for name in tables if name not in faces]
@@ -188,17 +196,17 @@ def part_html(
     room:int, # bytes
 ) -> str:
     "What a part shows, or a sentence why it does not."
-    try: made = part()
+    try:
+        made = part()
+        text = figure_html(made) if isinstance(made, go.Figure) else made
     except UserError as e: return f'<p class="absent">{escape(e)}</p>'
     except damage() as e: return f'<p class="absent">This picture cannot be drawn from what the run recorded ({escape(type(e).__name__)}: {escape(e)}); copy the run again.</p>'
-    text = figure_html(made) if isinstance(made, go.Figure) else made
     size = len(text.encode())
     return text if size <= room else f'<p class="absent">This picture would take {size/1e6:.0f} MB and is left out; the workbench shows it.</p>'
 
 def run_words(run) -> str:
     "A run in one line. Raises UserError where its nodes are damaged."
     nodes, many = run.nodes(), lambda n, one, more: f'{n:,} {one if n == 1 else more}'
-    if 'city' not in nodes: raise UserError(f'{run.path}: its nodes name no city; copy the run again')
     return f'{many(run.epochs()[-1], "epoch", "epochs")}, {many(len(nodes), "place", "places")} in {many(nodes.city.nunique(), "city", "cities")}'
 
 def report_html(

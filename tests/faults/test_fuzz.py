@@ -1,5 +1,5 @@
 """Bytes that nobody meant: whatever is read gives a result or one sentence. `make torture` runs more than 100,000 cases, a plain run some thousand."""
-import json, os, resource, signal, struct, zipfile
+import bz2, gzip, json, lzma, os, resource, signal, struct, zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -155,11 +155,13 @@ def sets(tmp_path_factory):
     return t
 
 PHOTO_CSV = b'path,lat,lon,heading,time,place\n0.jpg,55.1,13.2,90,2024-05-06,1\n1.jpg,55.1,13.2,,,1\n"2.jpg",55.2,13.3,1,,x\n3.jpg,-55.2,13.3,1,,x\n'
+SUFFIXES = ['.csv', '.zip', '.gz', '.bz2', '.xz', '.zst', '.tar', '.csv.tar.gz']
+PACKED = [bz2.compress(PHOTO_CSV), gzip.compress(PHOTO_CSV, mtime=0), lzma.compress(PHOTO_CSV)]
 METRE_CSV = b'path,easting,northing,zone\n0.jpg,500000,5300000,32N\n1.jpg,500001,5300000,32N\n'
 
 @cases('csv', 120)
-@given(st.one_of(damaged([PHOTO_CSV, METRE_CSV]), st.binary(max_size=80), st.text(max_size=80).map(lambda t: t.encode('utf-8', 'surrogatepass'))), st.booleans())
-def test_csv(sets, data, gsv):
+@given(st.one_of(damaged([PHOTO_CSV, METRE_CSV]), st.binary(max_size=80), st.text(max_size=80).map(lambda t: t.encode('utf-8', 'surrogatepass')), damaged(PACKED)), st.booleans(), st.sampled_from(SUFFIXES))
+def test_csv(sets, data, gsv, suffix):
     RAN['csv'] += 1
     path = sets/'photos'/'where.csv'
     try:
@@ -168,9 +170,12 @@ def test_csv(sets, data, gsv):
         if df is not None: check_table(df); assert all(p.startswith(str(sets/'photos')) for p in df.image)
         df = sentence(image_list, [path])                                       # as sage_describe reads it
         if df is not None: assert len(df) and all(p.startswith(str(sets/'photos')) for p in df.image)
-        df = sentence(read_csv, path, 'path|lat')
-        if df is not None and len(df):
-            for c in df: sentence(numbers, df, c, path) is None or sentence(whole_numbers, df, c, path)
+        packed = sets/f'x{suffix}'                                               # a name that pandas would take for something to unpack
+        packed.write_bytes(data)
+        for p in (path, packed):
+            df = sentence(read_csv, p, 'path|lat')
+            if df is not None and len(df):
+                for c in df: sentence(numbers, df, c, p) is None or sentence(whole_numbers, df, c, p)
     finally: path.write_bytes(PHOTO_CSV)
     if gsv:
         path = next((sets/'gsv'/'Dataframes').iterdir()); whole = path.read_bytes()

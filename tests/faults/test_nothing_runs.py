@@ -1,5 +1,5 @@
 """What was only meant to be read never runs: no pickle, names are text in every page, a report asks the network for nothing, paths of a csv stay in their folder."""
-import ast, os, re, shutil, sys
+import ast, json, os, re, shutil, sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -108,6 +108,32 @@ def evil_run(path):
     for row in read_lines(run.path/'metrics.jsonl'): out.log(**{marked(k.split('/')[0]) + '/' + k.split('/', 1)[1] if '/recall@' in k else k: v for k, v in row.items()})
     assert len(out.recalls()) and set(out.recalls().table) == {marked('Otherville')}
     return out
+
+
+def test_a_loss_of_text_is_in_no_picture(tmp_path):
+    "A figure takes what it plots as it is, so a metric that is no number goes no further than its line."
+    from sage.viz.training import training_figure
+    run = toy_run(tmp_path/'run', epochs=1)
+    rows = read_lines(run.path/'metrics.jsonl')
+    (run.path/'metrics.jsonl').write_text(''.join(json.dumps(r | dict(loss='<a href="https://evil.example">click</a>')) + '\n' for r in rows))
+    with pytest.raises(UserError, match='line 1: its loss is no number'): training_figure(run)
+    assert 'evil.example' not in write_report(run, tmp_path/'r.html').read_text()
+
+
+def test_a_name_does_not_steer_the_terminal(tmp_path, capsys):
+    "Names of tables and of what was measured come out of a run's files."
+    from dataclasses import asdict
+    from sage import cli
+    from sage.settings import Settings
+    run = toy_run(tmp_path/'run', epochs=1)
+    steers = '\x1b[2J\x1b]0;owned\x07'
+    config = json.loads((run.path/'config.json').read_text())
+    (run.path/'config.json').write_text(json.dumps(config | dict(tables={'mined': '00.parquet', steers: '01.parquet'}, settings=asdict(Settings(backbone='sage_nano', image_size=56, eval_size=56)))))
+    with pytest.raises(SystemExit): cli.sage_train(['--resume', '--run', str(run.path), '--quiet'])
+    said = ''.join(capsys.readouterr())
+    run.log(epoch=2, **{f'{steers}/recall@1': 5.})
+    said += cli.recall_table(run).to_string(index=False)
+    assert r'\x1b[2J\x1b]0;owned\x07' in said and '\x1b' not in said and '\x07' not in said
 
 
 @contextmanager

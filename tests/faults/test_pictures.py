@@ -1,5 +1,5 @@
 """Pictures from strangers: for each kind a stated outcome. Used, and then right; or left out, counted and named. Never a black substitute."""
-import base64, io, os, re, struct, subprocess, sys, tempfile, zlib
+import ast, base64, io, os, re, struct, subprocess, sys, tempfile, threading, time, zlib
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from sage import cli
+from sage import cli, images
+from sage.cli_data import sage_data
 from sage.core import UserError
-from sage.formats import write_utm
+from sage.formats import read_gsv, read_msls, read_utm, write_gsv, write_msls, write_utm
 from sage.images import load_image, scan_images
-from sage.photos import list_images, read_photos
+from sage.photos import below, inside, list_images, read_photos
 from sage.places import make_table
 from sage.run import Run
 from sage.viz.style import MISSING, thumbnail
@@ -51,10 +52,14 @@ def holes():
     out = Image.fromarray(pixels, 'P'); out.putpalette(colours + [10, 20, 30])
     return saved('PNG', out, transparency=len(colours)//3)
 
-def bomb(side):
-    "A PNG that says it has side x side pixels; the first few kB of them."
+def png(wide, high, colours, data):
+    "A PNG of 8 bits a channel, whatever its pixels are."
     chunk = lambda name, data: struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
-    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', side, side, 8, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(b'\0' * 10**6, 9)) + chunk(b'IEND', b'')
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', wide, high, 8, colours, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(data, 9)) + chunk(b'IEND', b'')
+
+def bomb(side): return png(side, side, 2, b'\0' * 10**6)                             # says it has side x side pixels; the first few kB of them
+
+EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n(hello) print\nshowpage\n%%EOF\n'
 
 def white_half(x): x = x.astype(int).copy(); x[:, :42] = 255; return x
 
@@ -67,6 +72,7 @@ KINDS = {
     'empty.jpg': (b'', 'the file is empty'),
     'page.jpg': (b'<html>404</html>', 'not an image'),
     'zeros.jpg': (b'\0' * 4096, 'not an image'),
+    'eps.jpg': (EPS, 'not an image'),
     'svg.png': (b'<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"/>', 'not an image'),
     'really_a.png': (saved('JPEG', quality=95), SCENE),                          # the content decides, not the name
     'really_b.jpg': (saved('GIF'), SCENE),
@@ -82,6 +88,8 @@ KINDS = {
     'progressive.jpg': (saved(progressive=True, quality=95), SCENE),
     'bomb30000.png': (bomb(30_000), '30000 x 30000 pixels|decompression bomb|exceeds limit'),
     'bomb12000.png': (bomb(12_000), '12000 x 12000 pixels'),
+    'whole32.tif': (saved('TIFF', Image.fromarray(np.linspace(0, 2**31 - 1, 64).reshape(8, 8).astype(np.int32))), '32-bit numbers from 0 to 2,147,483,647'),
+    'low32.tif': (saved('TIFF', Image.fromarray(grey().astype(np.int32) * 257)), np.repeat(grey()[..., None], 3, 2)), 'unpainted.png': (png(8, 8, 3, bytes(72)), 'cannot be decoded'),
     'float.tif': (saved('TIFF', Image.fromarray(np.ones((4, 4), np.float32))), 'floating-point'),
     'new\nline.jpg': (saved(quality=95), SCENE), 'quo"t\'e.jpg': (saved(quality=95), SCENE), '😀 ünï.jpg': (saved(quality=95), SCENE), '-rf.jpg': (saved(quality=95), SCENE), '<script>{{7*7}}.jpg': (saved(quality=95), SCENE),
     'bad\n\x1b[31mname.jpg': (b'', 'the file is empty'),
@@ -236,3 +244,111 @@ def test_a_bomb_does_not_go_off(strangers):
     code = f'import resource, sys; sys.path.insert(0, {str(Path(cli.__file__).parents[1])!r})\nfrom sage.images import load_image\nfrom sage.core import UserError, peak_memory\nbefore = peak_memory()\n' \
            f'try: load_image({str(strangers/"bomb30000.png")!r})\nexcept UserError as e: print(peak_memory() - before < 50e6)'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout == 'True\n'
+
+
+# ---- nothing is run, nothing is hidden, nothing takes the whole memory
+
+@pytest.mark.skipif(os.name == 'nt', reason='a program is a file that may be run')
+def test_postscript_starts_no_program(tmp_path):
+    "A Ghostscript that tells when it is started is the first on the path, and the picture is a PostScript program."
+    (tmp_path/'bin').mkdir(); (tmp_path/'photos').mkdir()
+    (tmp_path/'bin'/'gs').write_text(f'#!/bin/sh\ntouch "{tmp_path}/ran"\n'); (tmp_path/'bin'/'gs').chmod(0o755)
+    for name in ('a.jpg', 'b.png', 'c.tif'): (tmp_path/'photos'/name).write_bytes(EPS)
+    code = f'import sys; sys.path.insert(0, {str(Path(cli.__file__).parents[1])!r})\nfrom sage import cli\nfrom sage.viz.style import thumbnail, MISSING\nassert thumbnail({str(tmp_path/"photos"/"a.jpg")!r}) == MISSING\ncli.sage_describe([{str(tmp_path/"photos")!r}, "-o", {str(tmp_path/"d.parquet")!r}, "--size", "56", "--quiet"])'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | dict(PATH=f'{tmp_path}/bin:{os.environ["PATH"]}', PYTHONWARNINGS='ignore'))
+    assert done.returncode == 2 and 'not an image' in done.stderr and 'Traceback' not in done.stderr and not (tmp_path/'ran').exists(), done.stderr
+
+
+def test_every_picture_is_opened_as_one_of_the_stated_kinds(root):
+    "The package opens files in one place, and there it says of which kinds they may be."
+    opens = [(p.name, c) for p in sorted((root/'sage').rglob('*.py')) for c in ast.walk(ast.parse(p.read_text())) if isinstance(c, ast.Call) and ast.unparse(c.func) in ('Image.open', 'PIL.Image.open', 'plt.imread', 'imread')]
+    files = [(name, c) for name, c in opens if 'io.BytesIO(' not in ast.unparse(c)]                       # a thumbnail of our own making lies in memory
+    assert [name for name, _ in files] == ['photos.py'] and all('formats' in {k.arg for k in c.keywords} for _, c in files), [(name, ast.unparse(c)) for name, c in files]
+
+
+@pytest.fixture
+def unlisted(monkeypatch):
+    "A function that takes the permission to list a folder away, from whoever asks, the owner of the machine included."
+    scandir, gone = os.scandir, set()
+    def scan(path='.'):
+        if os.path.realpath(path) in gone: raise PermissionError(13, 'Permission denied', str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, 'scandir', scan)
+    return lambda path: gone.add(os.path.realpath(path))
+
+
+def test_a_folder_without_permission(tmp_path, capsys, unlisted, monkeypatch):
+    "However deep it lies, its photographs are not left out in silence: one sentence that names it."
+    deep = tmp_path/'photos'/'day one'/'evening'
+    deep.mkdir(parents=True); (deep/'a.jpg').write_bytes(saved()); (tmp_path/'photos'/'b.jpg').write_bytes(saved())
+    assert len(list_images(tmp_path/'photos')) == 2
+    unlisted(deep)
+    with pytest.raises(UserError, match='evening: this folder cannot be listed .Permission denied.'): list_images(tmp_path/'photos')
+    code, out, err = describe(tmp_path, capsys, tmp_path/'photos')
+    assert code == 2 and len(err.splitlines()) == 1 and f'{deep}: this folder cannot be listed' in err and not (tmp_path/'d.parquet').exists(), err
+    write_gsv(town(tmp_path/'t', [f'{i}.jpg' for i in range(6)]).assign(heading=9., time='2026-03'), tmp_path/'gsv')
+    unlisted(tmp_path/'gsv'/'Images'/'t')
+    with pytest.raises(UserError, match='Images/t: this folder cannot be listed'): read_gsv(tmp_path/'gsv')
+    for city in ('u', 'v'): write_utm(town(tmp_path/city, [f'{i}.jpg' for i in range(6)]).assign(split='test'), tmp_path/'utm'/city)
+    assert read_utm(tmp_path/'utm').city.nunique() == 2
+    monkeypatch.setattr(os, 'access', lambda path, mode: os.path.basename(path) != 'v')
+    with pytest.raises(UserError, match='utm/v: this folder cannot be read'): read_utm(tmp_path/'utm')
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path, capsys):
+    "The names in it are text, and no table could hold their paths."
+    bad = Path(os.fsdecode(os.fsencode(tmp_path) + b'/map\xff'))
+    try: bad.mkdir()
+    except OSError: pytest.skip('this disk takes names of text only')
+    (bad/'a.jpg').write_bytes(saved()); (tmp_path/'link').symlink_to(bad)
+    write_gsv(town(tmp_path/'t', [f'{i}.jpg' for i in range(6)]).assign(heading=9., time='2026-03'), bad/'gsv')
+    for read in (lambda: list_images(bad), lambda: inside(bad, ['a.jpg'], 'x.csv'), lambda: below(bad, ['b.jpg'], 'x.csv'), lambda: below(tmp_path/'link', ['a.jpg'], 'x.csv'), lambda: read_gsv(bad/'gsv')):
+        with pytest.raises(UserError, match='the name of this file is no UTF-8 text; rename it'): read()
+    with pytest.raises(UserError, match='x.csv: the path .* no file name has'): below(tmp_path, ['\udcff.jpg'], 'x.csv')
+    (bad/'where.csv').write_text('path,lat,lon\na.jpg,47,9\n')
+    for argv in (['check', str(bad)], ['check', str(bad/'gsv')]):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e: sage_data(argv)
+        assert e.value.code == 2 and 'no UTF-8 text' in (err := capsys.readouterr().err) and len(err.splitlines()) == 1, err
+
+
+@pytest.mark.parametrize('kind', ['gsv', 'msls'])
+def test_links_of_named_images(kind, tmp_path):
+    "A csv that gives names, not paths: a picture of that name may be a link within the data set, and none that leads out; a folder may lie elsewhere."
+    write, read = dict(gsv=(write_gsv, read_gsv), msls=(write_msls, read_msls))[kind]
+    write(town(tmp_path/'t', [f'{i}.jpg' for i in range(6)]).assign(heading=9., time='2026-03'), tmp_path/'set')
+    first, second, *_ = sorted((tmp_path/'set').rglob('*.jpg'))
+    first.unlink(); first.symlink_to(second)
+    assert len(read(tmp_path/'set')) == 6
+    folder = first.parent
+    folder.rename(tmp_path/'disk'); folder.symlink_to(tmp_path/'disk')
+    assert len(read(tmp_path/'set')) == 6, 'a whole folder behind a link'
+    (tmp_path/'secret').mkdir(); (tmp_path/'secret'/'x.jpg').write_bytes(saved())
+    first.unlink(); first.symlink_to(tmp_path/'secret'/'x.jpg')
+    with pytest.raises(UserError, match=f'{re.escape(first.name)}. is a link that leads out of .*set'): read(tmp_path/'set')
+
+
+def test_large_pictures_take_turns(tmp_path, monkeypatch):
+    "Threads that decode have a stated number of pixels in hand, a broken picture gives its share back, and a child begins with none."
+    monkeypatch.setattr(images, '_room', room := images._Room(6000)); monkeypatch.setattr(Image.Image, 'has_transparency_data', property(lambda self: time.sleep(.01) or seen.append(room.held)))
+    seen, names = [], [f'{i}.png' for i in range(24)]
+    for i, n in enumerate(names): (tmp_path/n).write_bytes(saved('PNG', Image.new('RGB', (50, 10 + 5*(i % 8)), (i, 90, 9)))) if i % 5 else (tmp_path/n).write_bytes(saved('PNG')[:200])
+    good, bad = scan_images(make_table(image=[str(tmp_path/n) for n in names], easting=0., northing=0.), False)
+    assert len(good) == 19 and 0 < max(seen) <= 6000 and room.held == 0
+    assert load_image(tmp_path/'4.png', limit=10**9).size == (50, 30)
+    monkeypatch.undo()
+    if hasattr(os, 'fork'):
+        code = f'import sys; sys.path.insert(0, {str(Path(cli.__file__).parents[1])!r})\nimport os\nfrom sage import images\nwith images._room(images._room.most):\n    pid = os.fork()\n    if not pid: images.load_image({str(tmp_path/"4.png")!r}); os._exit(7)\n    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))'
+        assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120).stdout == '7\n'
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='memory is measured as Linux does')
+def test_transparency_takes_little_memory(tmp_path):
+    "The pixels of the file, those of the result, and a few pieces: not four copies."
+    side = 4000
+    for name, colours, channels in (('rgba.png', 6, 4), ('grey.png', 4, 2)): (tmp_path/name).write_bytes(png(side, side, colours, bytes((1 + channels*side)*side)))
+    (tmp_path/'small.png').write_bytes(alpha())
+    for name in ('rgba.png', 'grey.png'):
+        code = f'import sys; sys.path.insert(0, {str(Path(cli.__file__).parents[1])!r})\nfrom sage.images import load_image\nfrom sage.core import peak_memory\nload_image({str(tmp_path/"small.png")!r}); before = peak_memory()\nprint(load_image({str(tmp_path/name)!r}).size, peak_memory() - before)'
+        out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout
+        assert out.startswith(f'({side}, {side}) ') and float(out.split()[-1]) < 2.7*4*side**2, out
