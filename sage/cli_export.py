@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import UserError, pick_device, pick_precision, pick_workers
+from .core import UserError, one_line, pick_device, pick_precision, pick_workers
 from .formats import FORMATS
 from .model import SAGE, save_sage
 from .run import Run
@@ -116,7 +116,7 @@ def export_run(args): # what comes from a run
         table = validation_table(run, args.table)
         on_globe(run.table(table))
         labels, found, epoch = recorded_answers(run, table) or ask_again(run, table, args)
-        print(f'written: {write_geojson(geojson(labels, found), args.geojson)} ({table}, epoch {epoch}: {int(found.right.sum())} of {int(found.asked.sum())} queries right at the first place)')
+        print(f'written: {write_geojson(geojson(labels, found), args.geojson)} ({one_line(table)}, epoch {epoch}: {int(found.right.sum())} of {int(found.asked.sum())} queries right at the first place)')
     if args.parquet:
         labels, d = described(run, args.table, args.device, not args.quiet) if args.table else recorded(run)
         print(f'written: {write_parquet(labels, d, args.parquet, flatten(d) if args.umap else None)} ({len(labels):,} rows, embedding of {d.shape[1]:,} numbers)')

@@ -12,7 +12,7 @@ import atexit, contextlib, multiprocessing, multiprocessing.util, signal, sys, w
 import numpy as np, pandas as pd, torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from .core import UserError, seed_of, stream
+from .core import UserError, one_line, seed_of, stream
 from .images import check_size, eval_transform, load_image, own_random
 from .model import evaluating
 from .places import place_rows
@@ -290,4 +290,4 @@ def bar(
     "A progress bar. In a log file it speaks after 15 seconds, and then every 15."
     plain = not sys.stderr.isatty() and tqdm.__module__ == 'tqdm.asyncio'      # no terminal, no notebook
     how = dict(file=LogLines(), mininterval=15., maxinterval=15., delay=15., ascii=True, ncols=100) if plain else dict(dynamic_ncols=True)
-    return tqdm(total=total, desc=what, unit=f' {unit}', disable=not show, leave=False, **how)
+    return tqdm(total=total, desc=one_line(what), unit=f' {unit}', disable=not show, leave=False, **how)

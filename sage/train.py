@@ -16,7 +16,7 @@ import lightning as L, numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from torch.utils.data import default_collate
-from .core import MissingPath, UserError, pick_device, pick_precision, seed_of
+from .core import MissingPath, UserError, one_line, pick_device, pick_precision, seed_of
 from .places import check_table
 from .images import check_size, eval_transform, train_transform
 from .prefix import PrefixCache
@@ -106,7 +106,7 @@ class EpochGraph(L.Callback):
     ):
         self.settings, self.supply, self.run, self.epoch, self.progress = settings, supply, run, start, progress
         self.stop, self.steps, self.bar = stop or threading.Event(), Steps(settings.steps, world()), None
-        self.left, self.listeners, self.asked = {}, {}, False       # what an epoch that was stopped left; signal → who hears it; whether it is to stop
+        self.left, self.listeners, self.asked, self.logged = {}, {}, False, set()       # what an epoch that was stopped left; signal → who hears it; whether it is to stop; epochs whose metrics were there before
 
     @contextmanager
     def ticker(self, what, total, unit='images'): # a bar as a function to call with each batch's size; the place where a stop is noticed
@@ -233,7 +233,7 @@ def measure(self:EpochGraph, validation): # (recall, `Answers`) of the model as 
 @patch
 def record(self:EpochGraph, epoch, trained): # everything that is done at a number of finished epochs; `trained`: means over the last one
     found, seconds = self.look(epoch)
-    row, began, answers, logged = dict(kind='epoch', epoch=epoch, **trained), time.perf_counter(), {}, from_first(epoch in set(self.run.metrics().epoch))
+    row, began, answers, logged = dict(kind='epoch', epoch=epoch, **trained), time.perf_counter(), {}, from_first(epoch in self.logged)
     with beside(lambda: self.draw(epoch, found) if first() else [None] * len(self.supply.batches)) as drawn:      # while the device measures
         for v in [] if logged else self.supply.validations:
             recall, answers[v.name] = self.measure(v)
@@ -265,7 +265,7 @@ def epoch_line(
     "A row of the metrics for a reader."
     recall = [f'{k.removesuffix("/recall@1")} R@1 {v:.1f}' for k, v in row.items() if k.endswith('/recall@1')]
     loss = [f'loss {row["loss"]:.3f}', f'{row["images_per_s"]:.0f} images/s'] if 'loss' in row else ['untrained']
-    return '  '.join([f'epoch {row["epoch"]}/{epochs}', *loss, *recall, f'mining {sum(seconds.values()):.1f} s'])
+    return one_line('  '.join([f'epoch {row["epoch"]}/{epochs}', *loss, *recall, f'mining {sum(seconds.values()):.1f} s']))
 
 # %% ../nbs/43_train.ipynb #5e92a028
 def parts_of(trainer): # (optimiser, schedule)
@@ -493,7 +493,8 @@ def fit(
             with alone(run) if first() else nullcontext():
                 callback.supply = supply = Supply(settings, model, train_tables, val_tables, caches, callback.ticker)
                 callback.run, callback.epoch = open_run(run, settings, model, supply.tables, [v.name for v in supply.validations], resume)
-                if from_first(callback.epoch >= settings.epochs and callback.epoch in set(callback.run.metrics().epoch)): return callback.run
+                callback.logged = set(callback.run.metrics().epoch) if first() else set()
+                if from_first(callback.epoch >= settings.epochs and callback.epoch in callback.logged): return callback.run
                 loader = Loader(Sources(supply.sources), batch_sampler=callback.steps, num_workers=0 if all(v.tokens is not None for v in supply.sources) else workers_of(settings, model),
                                     generator=torch.Generator().manual_seed(0), pin_memory=device.type == 'cuda', worker_init_fn=deaf)
                 trainer = make_trainer(settings, device, max(0, settings.epochs - callback.epoch), callback)

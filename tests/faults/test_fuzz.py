@@ -11,21 +11,24 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from scipy.io import savemat
 
+from sage.cli import summary
 from sage.cli_photos import image_list
 from sage.core import UserError
+from sage.export import geojson, recorded, recorded_answers, write_parquet
 from sage.formats import read_gsv, read_msls, utm_fields, write_gsv, write_msls
 from sage.images import load_image
 from sage.learner import load_state, save_state
-from sage.model import build_sage, create_sage, load_official, load_sage, read_checked, read_header, save_sage
+from sage.model import build_sage, create_sage, load_official, load_sage, official_name, read_checked, read_header, save_sage
 from sage.photos import numbers, photo_label, read_csv, read_photos, whole_numbers
 from sage.places import check_table, make_table
 from sage.protocols import folder_protocol, load_benchmark
+from sage.resume import fingerprint
 from sage.run import Run, append_line, read_lines
 from sage.viz.toy import toy_run
 from sage.where import ask, own_rows, read_map, update_map
 
 MUCH = bool(os.environ.get('SAGE_TORTURE'))
-SHARES = dict(names=60_000, exif=20_000, csv=8_000, run=8_000, checkpoints=6_000, headers=3_000, sets=4_000, index=2_000)       # 111,000; some of the last two kinds twice
+SHARES = dict(names=60_000, exif=20_000, csv=8_000, run=8_000, checkpoints=6_000, headers=3_000, sets=4_000, index=2_000, tables=2_000, states=2_000)       # 115,000; some of `sets` and `index` twice
 RAN = dict.fromkeys(SHARES, 0)
 
 
@@ -336,6 +339,29 @@ def test_run_folders(run, data):
         if name == 'metrics.jsonl': sentence(read_lines, path); append_line(path, dict(epoch=1)); sentence(read_lines, path)
     finally: path.write_bytes(files[path])
 
+@pytest.fixture(scope='module')
+def measured(tmp_path_factory):
+    "A run whose tables know their zone, so that all that can be made of it can be made."
+    r = toy_run(tmp_path_factory.mktemp('measured')/'run', epochs=1, batches=1)
+    for p in (r.path/'tables').iterdir(): pd.read_parquet(p).assign(zone='33N').to_parquet(p)
+    return Kept(r, {p: p.read_bytes() for p in sorted(r.path.rglob('*.parquet'))})
+
+def used(r, out): # what commands make of a run's tables
+    for n in r.config['tables']: sentence(lambda: (fingerprint(r.table(n)), summary(r.table(n))))
+    sentence(lambda: write_parquet(*recorded(r), out/'o.parquet'))
+    sentence(lambda: geojson(*recorded_answers(r, 'Otherville')[:2]))
+    for e in r.epochs(): sentence(r.nodes, e); sentence(r.edges, e); sentence(r.cliques, e)
+
+@cases('tables', 30)
+@given(st.data())
+def test_a_run_with_another_table(measured, tmp_path, data):
+    RAN['tables'] += 1
+    r, files = measured
+    path = data.draw(st.sampled_from(sorted(files)))
+    path.write_bytes(data.draw(other_table(files[path])))
+    try: used(r, tmp_path)
+    finally: path.write_bytes(files[path])
+
 
 @pytest.mark.parametrize('bad', ['{"kepoch": 0, "x/recall@1": 5}', '{"epoch": "0", "x/recall@1": 5}', '{"epoch": null}', '{"epoch": 0.5}', '{"epoch": 1, "x/recall@1": "5"}', '{"epoch": 1, "x/recall@1": [5]}', '{"epoch": 1, "x/recall@1": 1e999}', '{"epoch": 1, "x/recall@1": 101}'])
 def test_a_row_that_is_no_row(tmp_path, bad):
@@ -468,6 +494,42 @@ def test_headers(headed, offline, data):
     (t/'y.safetensors').write_bytes(with_header(whole, new))
     with bounded(): sentence(read_header, t/'y.safetensors'); sentence(use, t/'y.safetensors', most=20_000)
 
+
+@pytest.fixture(scope='module')
+def official():
+    "A small checkpoint as the authors write theirs: name → tensor."
+    model, g = build_sage(SIZES | dict(body=dict(dpns=3, hidden=4))), torch.Generator().manual_seed(0)
+    for p in model.parameters(): torch.nn.init.normal_(p.data, generator=g)
+    state = {official_name(k): v for k, v in model.state_dict().items()}
+    load_official(state, num_heads=2, interact_heads=2)
+    return state
+
+@st.composite
+def other_state(draw, state):
+    "A state whose tensors are missing, of other shapes, boast of sizes that they do not hold, or are none of numbers."
+    new = dict(state)
+    for _ in range(draw(st.integers(1, 3))):
+        k, how = draw(st.sampled_from(sorted(new))), draw(st.sampled_from('drop boast boast side side empty half name scalar sparse nan meta'.split()))
+        v = new[k]
+        sides = [draw(st.sampled_from([0, 1, 2, 3, 10**3, 10**6, n])) for n in v.shape] if how == 'boast' else []
+        if how == 'drop': del new[k]
+        elif how == 'boast' and v.ndim: new[k] = torch.zeros(1).expand(*sides)
+        elif how == 'side' and v.ndim: i = draw(st.integers(0, v.ndim - 1)); new[k] = torch.zeros(*v.shape[:i], draw(st.sampled_from([0, 1, 2, 3, 5, 33, 64])), *v.shape[i+1:])
+        elif how == 'name': new[draw(st.sampled_from(['x', 'backbone.model.blocks.999.x', 'encoder.layers.50.x', 'backbone.gpn_norms.7.x', 'aggregator.', k + '.x']))] = v
+        elif how == 'half' and v.numel() < 10**6: new[k] = v.half()
+        elif how == 'sparse' and v.is_cpu and v.layout == torch.strided and v.numel() < 10**6: new[k] = v.to_sparse()
+        elif how == 'nan': new[k] = torch.full(v.shape, float('nan')) if v.numel() < 10**6 else v
+        else: new[k] = dict(empty=torch.zeros(0), scalar=torch.tensor(1.), meta=torch.zeros(v.shape, device='meta')).get(how, v)
+    return new
+
+@cases('states', 25)
+@given(st.data())
+@pytest.mark.filterwarnings('ignore')
+def test_an_official_state(official, tmp_path, data):
+    RAN['states'] += 1
+    torch.save(dict(model_state_dict=data.draw(other_state(official))), tmp_path/'o.pth')
+    def use(): return sentence(load_official(tmp_path/'o.pth', num_heads=data.draw(st.sampled_from([None, 2])), interact_heads=data.draw(st.sampled_from([2, 16]))).describe, torch.ones(1, 3, 28, 28))
+    with bounded(): sentence(use, most=200_000)
 
 UNREADABLE, INCOMPLETE = 'o.pth is not a readable checkpoint', 'the checkpoint has no '
 
