@@ -50,9 +50,10 @@ class State:
         "Points by likeness: by UMAP once that is done, in a process beside this one; until then by the last layout there is, or by principal components."
         found = self.layouts.get((of, tuple(self.epochs)))
         if found and self.epoch in found: return found, 'UMAP'
+        if found: return principal_positions(self.run, of, self.epoch), f'principal components; UMAP is kept of the last {len(found)} epochs'
         older = [xy for (what, _), (xy, error) in list(self.layouts.done.items()) if what == of and error is None]
         if older and self.epoch in older[-1]: return older[-1], 'UMAP'
-        if older: return older[-1] | {self.epoch: older[-1][max(older[-1])]}, f'UMAP of epoch {max(older[-1])}; this one is being laid out'
+        if older and self.epoch > max(older[-1]): return older[-1] | {self.epoch: older[-1][max(older[-1])]}, f'UMAP of epoch {max(older[-1])}; this one is being laid out'
         return principal_positions(self.run, of, self.epoch), 'principal components; UMAP is coming'
 
     def refresh(self):

@@ -47,6 +47,20 @@ def test_kept_in_memory_and_later_epochs_change_nothing(run, tmp_path):
     there = embedding_positions(run, 'Otherville')
     assert all(np.array_equal(there[e], late[e]) for e in there)                     # another folder, the same picture
 
+def test_a_long_run_is_laid_out_at_its_end(run, tmp_path, monkeypatch):
+    "Of very many epochs the last are kept, and nothing is laid out twice; the others are seen by principal components."
+    whole = embedding_positions(run, 'Otherville')
+    shutil.copytree(run.path, tmp_path/'run'); shutil.move(tmp_path/'run'/'epochs'/'0003', tmp_path/'3')
+    monkeypatch.setattr(E, 'MANY', 3)
+    early, steps, step = embedding_positions(Run(tmp_path/'run'), 'Otherville'), [], E.layout_step
+    monkeypatch.setattr(E, 'layout_step', lambda *a: steps.append(1) or step(*a))
+    shutil.move(tmp_path/'3', tmp_path/'run'/'epochs'/'0003')
+    late = embedding_positions(Run(tmp_path/'run'), 'Otherville')
+    assert list(early) == [0, 1, 2] and list(late) == [1, 2, 3] and len(steps) == 1 and late[2] is early[2] and np.array_equal(late[3], whole[3])
+    old = embedding_view(Run(tmp_path/'run'), 0, of='Otherville')
+    assert 'principal components' in old.title and 'UMAP' in embedding_view(Run(tmp_path/'run'), 3, of='Otherville').title
+    assert len(embedding_figure(Run(tmp_path/'run'), of='Otherville').frames) == 3
+
 def test_few_points_and_equal_points():
     g = np.random.default_rng(0)
     for n in (1, 2, 4, 5, 8):
