@@ -250,7 +250,7 @@ def test_ctrl_c_ends_with_a_sentence_and_can_be_resumed(sets, tmp_path, capsys):
     "SIGINT in the middle of a long training: exit code 130, one sentence, a run that goes on."
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get('PYTHONPATH', '')]))
     argv = ['--data', str(sets/'gsv'), '--val', str(sets/'bestadt'), '--run', str(tmp_path/'run'), *SMALL]
-    process = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'sage.cli', 'train', *argv, '--steps', '100000'], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path, env=env)
+    process = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'sage.cli', 'train', *argv, '--steps', '3000'], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path, env=env)
     deadline = time.monotonic() + 240
     while not ((tmp_path/'run'/'metrics.jsonl').exists() and '"step"' in (tmp_path/'run'/'metrics.jsonl').read_text()):
         assert process.poll() is None and time.monotonic() < deadline

@@ -400,7 +400,7 @@ def test_progress_in_a_log(towns, tmp_path, capfd):
     assert '\r' not in err
 
 @pytest.mark.parametrize('name,value', [('strategy', 'best'), ('epochs', -1), ('steps', 0), ('steps', 1.5), ('steps', True), ('places_per_batch', 1), ('images_per_place', 1), ('lr', 0.), ('lr', float('nan')),
-    ('lr', '1'), ('weight_decay', -1), ('workers', -1), ('workers', .5), ('seed', -1), ('seed', 1.5), ('augment', 'x'), ('node_features', 'x'), ('radius', 0), ('cache_gb', -1), ('devices', 0), ('alpha', -.1)])
+    ('lr', '1'), ('weight_decay', -1), ('workers', -2), ('workers', .5), ('seed', -1), ('seed', 1.5), ('augment', 'x'), ('node_features', 'x'), ('radius', 0), ('cache_gb', -1), ('devices', 0), ('alpha', -.1)])
 def test_settings_are_checked(name, value):
     with pytest.raises(UserError, match=name): Settings(**{name: value})
 

@@ -6,7 +6,7 @@
 Memory, threads and open files of the training, of the workbench and of the two processes beside it, which lay points out and look at photographs, are read every few seconds, and the files in the run folder and in
 the folder for temporary files are counted. Growth is from the mean of the second tenth of the time to the mean of the last tenth. At the end the run, with as many epochs as were trained, is opened anew.
 Ends with 1, and a sentence for each, where something grows, or where a run is read too slowly."""
-import argparse, json, os, shutil, signal, sys, tempfile, time
+import argparse, json, multiprocessing.util, os, shutil, signal, sys, tempfile, time
 from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(__file__))
@@ -122,6 +122,7 @@ if __name__ == '__main__':
     with tempfile.TemporaryDirectory() as own:
         folder = (args.folder or Path(own))/'runs'/'long'
         folder.parent.mkdir(parents=True, exist_ok=True)
+        multiprocessing.util.get_temp_dir()                                                 # in the ordinary place: Python removes it last of all
         os.environ['TMPDIR'] = tempfile.tempdir = str(Path(own)/'temporary')                # of both processes, and of nobody else
         os.mkdir(tempfile.tempdir)
         if args.records:
