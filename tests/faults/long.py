@@ -6,7 +6,7 @@
 Memory, threads and open files of the training, of the workbench and of the two processes beside it, which lay points out and look at photographs, are read every few seconds, and the files in the run folder and in
 the folder for temporary files are counted. Growth is from the mean of the second tenth of the time to the mean of the last tenth. At the end the run, with as many epochs as were trained, is opened anew.
 Ends with 1, and a sentence for each, where something grows, or where a run is read too slowly."""
-import argparse, json, multiprocessing.util, os, shutil, signal, sys, tempfile, time
+import argparse, json, multiprocessing.util, os, shutil, signal, sys, tempfile, threading, time
 from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(__file__))
@@ -22,6 +22,12 @@ def held(pid):
     return dict(memory=int(status['VmRSS'].split()[0])/1024, threads=int(status['Threads']), files=len(os.listdir(f'/proc/{pid}/fd')))
 
 
+def own():
+    "The same of this process, the workbench's, without the threads that wait for slow results: one each, which is there while there is anything to wait for (`sage.live.Later`)."
+    found = held(os.getpid())
+    return found | dict(threads=found['threads'] - sum(t.name == 'sage later' for t in threading.enumerate()))
+
+
 ASIDES = dict(layouts=layouts, networks=networks)
 
 def beside(which):
@@ -33,7 +39,7 @@ def beside(which):
 def sample(start, training, folder):
     "One row: all four processes, and files that look temporary."
     hidden = sum(name.startswith('.') for _, folders, files in os.walk(folder) for name in folders + files)
-    held_by = dict(training=held(training), workbench=held(os.getpid())) | {name: beside(which) for name, which in ASIDES.items()}
+    held_by = dict(training=held(training), workbench=own()) | {name: beside(which) for name, which in ASIDES.items()}
     return dict(seconds=time.monotonic() - start, **{f'{name} {k}': v for name, found in held_by.items() for k, v in found.items()}, temporary=len(os.listdir(tempfile.gettempdir())), hidden=hidden)
 
 
