@@ -101,6 +101,14 @@ def _walk(xy, order, stretches, radius):
         indices[indptr[order[p]]:e].sort()
     return indptr, indices
 
+def _by_square(city, square):
+    "The order of images by city and square, in one number where it fits: sorting by three takes nearly three times as long."
+    if not len(city): return np.zeros(0, np.int64)
+    low, wide = square.min(0), square.max(0) - square.min(0) + 1
+    if not (city.max() + 1.)*wide[0]*wide[1] < 2.**62: return np.lexsort((square[:, 1], square[:, 0], city))
+    x, y = (square - low).astype(np.int64).T
+    return np.argsort((city*int(wide[0]) + x)*int(wide[1]) + y)
+
 def city_neighbors(
     xy,     # positions in metres [N, 2]
     city,   # city number of each [N]
@@ -109,7 +117,7 @@ def city_neighbors(
     "Neighbours within the same city, in rows of the whole. Raises `UserError` for a radius not above 0."
     if not (np.isfinite(radius) and radius > 0): raise UserError(f'radius {radius} is not a distance; give metres above 0')
     square = np.floor(xy/(radius*(1 + 1e-9)))
-    order = np.lexsort((square[:, 1], square[:, 0], city))
+    order = _by_square(np.asarray(city, np.int64), square)
     return Rows(*_walk(xy[order], order, _stretches(city[order], square[order]), float(radius)))
 
 # %% ../nbs/20_graph.ipynb #4dcde340
