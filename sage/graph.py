@@ -203,13 +203,16 @@ def check_descriptors(
 def nearest(
     F,            # descriptors float32 [n, D]
     k:int,        # n at most
-    device='cpu', # a GPU multiplies a hundred times as fast; its float32 may order ties otherwise
+    device='cpu', # where they are looked for; a GPU's float32 may order ties otherwise
 ) -> np.ndarray:  # row numbers [n, k], nearest first
     "For every descriptor the k nearest, itself included."
     import faiss, torch
-    if torch.device(device).type == 'cpu': return faiss.knn(F, F, k)[1]
-    X, step = torch.from_numpy(F).to(device), max(1, 2**26//len(F))
-    squares = X.square().sum(1)
+    return faiss.knn(F, F, k)[1] if torch.device(device).type == 'cpu' else _nearest(torch.from_numpy(F).to(device), k)
+
+def _nearest(X, k):
+    "The same by products of tensors, in pieces of 256 MB."
+    import torch
+    squares, step = X.square().sum(1), max(1, 2**26//len(X))
     return np.concatenate([torch.addmm(squares, X[a:a+step], X.T, alpha=-2).topk(k, largest=False).indices.cpu().numpy() for a in range(0, len(X), step)])
 
 def alike_pairs(

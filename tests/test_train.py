@@ -299,6 +299,22 @@ if __name__ == '__main__':
     print(tuple(next(sys.kept).shape))
 """
 
+def test_kept_tokens_on_a_full_disk_are_computed(towns, tmp_path, monkeypatch):
+    "Even where the disk has no room for the folder itself; it is said, and any other trouble is an error."
+    import errno
+    from sage import prefix
+    def fails(number): monkeypatch.setattr(prefix, 'claim_folder', lambda *_: (_ for _ in ()).throw(OSError(number, os.strerror(number), str(tmp_path))))
+    s, said = settings(), []
+    backbone = make_model(s, pretrained=False).backbone
+    fails(errno.ENOSPC)
+    kept = PrefixCache(tmp_path/'kept', backbone, 1, said.append)
+    (tmp_path/'kept').mkdir()
+    keeper = kept.at(56)
+    keeper.add([towns[0].image[0]], torch.zeros(1, *keeper.shape, dtype=torch.float16)); keeper.flush()
+    assert len(keeper) == 0 and len(said) == 1 and 'no room on the disk' in said[0] and not list((tmp_path/'kept').rglob('*.tokens'))
+    fails(errno.EACCES)
+    with pytest.raises(PermissionError): PrefixCache(tmp_path/'other', backbone, 1)
+
 def test_a_pass_that_nobody_finishes_holds_no_process_back(tmp_path):
     "As where an error's traceback still has the loader when Python ends."
     (tmp_path/'unfinished.py').write_text(UNFINISHED)
