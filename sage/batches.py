@@ -108,13 +108,11 @@ def product_type(F, squares):
 
 def _products(F, a, b, seeds, dtype):
     "Inner products of the descriptors of `seeds` with rows a to b, [seeds, b - a]; F may be float16 or on disk."
-    out, step = np.empty((len(seeds), b - a), np.float32), max(256, 2**18//F.shape[1])      # pieces that a processor's cache holds
+    out, step = torch.empty(len(seeds), b - a), max(256, 2**18//F.shape[1])                 # pieces that a processor's cache holds
     load = lambda x: torch.from_numpy(x if x.flags.writeable else np.array(x)).to(dtype)
     chosen = load(F[seeds])
-    for c in range(a, b, step):
-        part = torch.nn.functional.linear(chosen, load(F[c:min(c + step, b)]))
-        out[:, c-a:c-a+part.shape[1]] = part.float().numpy()
-    return out
+    for c in range(a, b, step): out[:, c-a:c-a+step] = torch.nn.functional.linear(chosen, load(F[c:min(c + step, b)]))
+    return out.numpy()
 
 def draw_places(
     geo:GeoSide,         # n places

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.spatial.distance import cdist
 
-from .bits import Rows, jit, list_cliques, unpack
+from .bits import Rows, grown, jit, list_cliques, unpack
 from .core import UserError
 from .geo import radius_neighbors, to_latlon
 from .places import check_table, place_rows
@@ -86,19 +86,21 @@ def _is_near(dx, dy, radius):
 @jit
 def _walk(xy, order, stretches, radius):
     "Neighbours as compressed sparse rows (indptr, indices), rows sorted. xy and stretches are in sorted order; `order` says which image each is."
-    n = len(xy)
-    indptr = np.zeros(n + 1, np.int64)
+    n, used = len(xy), 0
+    start, found, indptr = np.zeros(n + 1, np.int64), np.empty(16*n, np.int32), np.zeros(n + 1, np.int64)
     for p in range(n):
-        for column in range(3):
-            for q in range(stretches[p, column, 0], stretches[p, column, 1]): indptr[order[p]+1] += q != p and _is_near(xy[p, 0] - xy[q, 0], xy[p, 1] - xy[q, 1], radius)
-    for v in range(n): indptr[v+1] += indptr[v]
-    indices = np.empty(indptr[-1], np.int32)
-    for p in range(n):
-        e = indptr[order[p]]
         for column in range(3):
             for q in range(stretches[p, column, 0], stretches[p, column, 1]):
-                if q != p and _is_near(xy[p, 0] - xy[q, 0], xy[p, 1] - xy[q, 1], radius): indices[e] = order[q]; e += 1
-        indices[indptr[order[p]]:e].sort()
+                if q == p or not _is_near(xy[p, 0] - xy[q, 0], xy[p, 1] - xy[q, 1], radius): continue
+                if used == len(found): found = grown(found)
+                found[used] = order[q]; used += 1
+        start[p+1], indptr[order[p]+1] = used, used - start[p]
+        found[start[p]:used].sort()
+    for v in range(n): indptr[v+1] += indptr[v]
+    indices = np.empty(used, np.int32)
+    for p in range(n):
+        a = indptr[order[p]] - start[p]
+        for e in range(start[p], start[p+1]): indices[a+e] = found[e]
     return indptr, indices
 
 def _by_square(city, square):
@@ -121,6 +123,16 @@ def city_neighbors(
     return Rows(*_walk(xy[order], order, _stretches(city[order], square[order]), float(radius)))
 
 # %% ../nbs/20_graph.ipynb #4dcde340
+@jit
+def _images_of(codes, n):
+    "The images of each of `n` places in rising order, as compressed sparse rows. codes: the place of each image."
+    indptr, indices = np.zeros(n + 1, np.int64), np.empty(len(codes), np.int32)
+    for c in codes: indptr[c+1] += 1
+    for p in range(n): indptr[p+1] += indptr[p]
+    end = indptr[:-1].copy()
+    for i, c in enumerate(codes): indices[end[c]] = i; end[c] += 1
+    return indptr, indices
+
 class GeoSide:
     "The geography of a table of places, computed once: places, positions, neighbours."
     def __init__(self,
@@ -129,7 +141,7 @@ class GeoSide:
     ):
         self.table, self.radius = check_table(df), float(radius)
         self.places, self.codes = place_rows(df)                            # distinct (city, place); for each image its row there
-        self.place_rows = Rows(np.concatenate(([0], np.cumsum(np.bincount(self.codes)))), np.argsort(self.codes, kind='stable').astype(np.int32))   # place -> its images
+        self.place_rows = Rows(*_images_of(self.codes, len(self.places)))   # place -> its images
         self.xy = df[['easting', 'northing']].to_numpy(float)
         self.centers = np.stack([np.bincount(self.codes, x) for x in self.xy.T], 1)/self.place_rows.counts[:, None]
         self.place_city, self.cities = pd.factorize(self.places.city.to_numpy(dtype=object), sort=True)
