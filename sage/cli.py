@@ -68,7 +68,7 @@ def repeat(folder):
     if not folder: raise UserError('--again needs --run, the folder of the run that stopped')
     loss, gradients, batch = again(Run(folder))
     print(batch.assign(image=batch.image.map(one_line)).to_string(index=False))
-    print(f'loss {loss}; {int((~batch.finite).sum())} of {len(batch)} descriptors are no numbers' + (f'; nor is the gradient of {len(gradients)} parameters, {gradients[0]} the first' if gradients else ''))
+    print(('' if loss is None else f'loss {loss}; ') + f'{int((~batch.finite).sum())} of {len(batch)} descriptors are no numbers' + (f'; nor is the gradient of {len(gradients)} parameters, {gradients[0]} the first' if gradients else ''))
 
 def base_settings(args):
     "What a training starts from: the resumed run's settings, the world's preset, or METHOD's defaults."

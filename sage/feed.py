@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STOPS', 'WORKERS', 'Views', 'view_batches', 'deaf', 'end_workers', 'Loader', 'autocast', 'tokens_of', 'run_views',
-           'kept_batches', 'embed', 'cache_bytes', 'prefix_cache', 'one_image_each', 'Steps', 'Sources', 'by_source',
-           'Validation', 'LogLines', 'bar']
+           'kept_batches', 'NoNumbers', 'described', 'embed', 'cache_bytes', 'prefix_cache', 'one_image_each', 'Steps',
+           'Sources', 'by_source', 'Validation', 'LogLines', 'bar']
 
 # %% ../nbs/33_feed.ipynb #b66f22c2
 import atexit, contextlib, multiprocessing, multiprocessing.util, signal, sys, weakref      # (multiprocessing's own end of things must come after `end_workers`)
@@ -137,6 +137,16 @@ def kept_batches(
     finally: kept.flush()
 
 # %% ../nbs/33_feed.ipynb #7a11276f
+class NoNumbers(UserError):
+    "A descriptor that is NaN or infinite; `rows`: the batch that it is of."
+    rows = None
+
+def described(model, views, rows, batch_size, workers, precision): # descriptors float32, a batch at a time, whatever they are
+    device, how = next(model.parameters()).device, (views, rows, batch_size, workers)
+    with evaluating(model):
+        for inputs in view_batches(*how) if views.kept is None else kept_batches(model, *how, precision):
+            with autocast(device, precision): yield run_views(model, inputs).float().cpu().numpy()
+
 def embed(
     model,                     # a SAGE
     views:Views,               # what to read
@@ -146,16 +156,16 @@ def embed(
     precision:str='32-true',   # Lightning's name
     tick=None,                 # called with the number of images after each batch
 ) -> np.ndarray:               # descriptors [len(rows), D] float32
-    "Descriptors without gradient, in evaluation mode, head off. Raises UserError naming an image whose descriptor is no numbers."
+    "Descriptors without gradient, in evaluation mode, head off. Raises `NoNumbers` naming an image whose descriptor is none."
     rows, done = np.arange(len(views)) if rows is None else np.asarray(rows), 0
-    out, device = np.empty((len(rows), model.dim), np.float32), next(model.parameters()).device
-    with evaluating(model):
-        how = (views, rows, batch_size, workers)
-        for inputs in view_batches(*how) if views.kept is None else kept_batches(model, *how, precision):
-            with autocast(device, precision): d = run_views(model, inputs)
-            out[done:done + len(d)] = d.float().cpu().numpy()
-            bad = ~np.isfinite(out[done:done + len(d)]).all(1)
-            if bad.any(): raise UserError(f'{views.paths[rows[done + bad.argmax()]]}: the model describes it by NaN or infinity; its weights are damaged, or try precision 32')
+    out = np.empty((len(rows), model.dim), np.float32)
+    with contextlib.closing(described(model, views, rows, batch_size, workers, precision)) as batches:
+        for d in batches:
+            out[done:done + len(d)], bad = d, ~np.isfinite(d).all(1)
+            if bad.any():
+                error = NoNumbers(f'{views.paths[rows[done + bad.argmax()]]}: the model describes it by NaN or infinity; its weights are damaged, or try precision 32')
+                error.rows = rows[done:done + len(d)]
+                raise error
             done += len(d)
             if tick: tick(len(d))
     return out

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ONLINE', 'FIRST', 'KNOWN', 'SIGNALS', 'Supply', 'check_sources', 'EpochGraph', 'samplers', 'beside', 'facing',
-           'attention_of', 'flat', 'epoch_line', 'parts_of', 'read_failed', 'again', 'quiet_lightning',
-           'stop_on_signals', 'make_trainer', 'own_device', 'plain_error', 'fit']
+           'attention_of', 'flat', 'epoch_line', 'parts_of', 'read_failed', 'described_again', 'again',
+           'quiet_lightning', 'stop_on_signals', 'make_trainer', 'own_device', 'plain_error', 'fit']
 
 # %% ../nbs/43_train.ipynb #53799d31
 import json, logging, signal, threading, time, warnings
@@ -26,7 +26,7 @@ from .graph import GeoSide, epoch_graph
 from .batches import CliqueBatches
 from .retrieval import recall_from_ranks, search
 from .run import Run, Stopped, alone, answers_of, checkpoint_paths, pause_path, write_json
-from .feed import Loader, Sources, Steps, Validation, Views, autocast, bar, cache_bytes, deaf, embed, one_image_each, prefix_cache
+from .feed import Loader, Sources, Steps, Validation, Views, autocast, bar, NoNumbers, cache_bytes, deaf, described, embed, one_image_each, prefix_cache
 from .settings import Settings, make_model, precision_of, workers_of, recorded_settings
 from .learner import SageModule, load_state, save_state
 from .resume import load_weights, open_run, read_weights, save_checkpoint
@@ -106,6 +106,7 @@ class EpochGraph(L.Callback):
     ):
         self.settings, self.supply, self.run, self.epoch, self.progress = settings, supply, run, start, progress
         self.stop, self.steps, self.bar = stop or threading.Event(), Steps(settings.steps, world()), None
+        self.failed = None                                                              # a batch that was only described, and whose descriptors are no numbers
         self.left, self.listeners, self.asked, self.logged = {}, {}, False, set()       # what an epoch that was stopped left; signal → who hears it; whether it is to stop; epochs whose metrics were there before
 
     @contextmanager
@@ -123,12 +124,16 @@ class EpochGraph(L.Callback):
         s, supply = self.settings, self.supply
         picked = one_image_each(supply.geo.codes, s.seed, epoch)
         rows = picked if s.node_features == 'place' else np.arange(len(supply.plain))
-        d = self.embed_all(f'mining {epoch}: embedding', supply.plain, rows)
+        d = self.embed_all(f'mining {epoch}: embedding', 'mined', supply.plain, rows)
         return (picked, d, None) if d is None or s.node_features == 'place' else (picked, d[picked], d)
 
-    def embed_all(self, what, views, rows): # descriptors of rows; each device its share, all of them at the first, None elsewhere
+    def embed_all(self, what, name, views, rows): # descriptors of rows of table `name`; each device its share, all of them at the first, None elsewhere
         mine = rows[share(len(rows), self.settings.embed_batch)]
-        with self.ticker(what, len(mine)) as tick: d = embed(self.supply.model, views, mine, tick=tick, **self.how())
+        with self.ticker(what, len(mine)) as tick:
+            try: d = embed(self.supply.model, views, mine, tick=tick, **self.how())
+            except NoNumbers as e:
+                self.failed = dict(rows={name: [e.rows.tolist()]}, described=True)
+                raise UserError(f'{e}; the batch is kept (sage_train --run FOLDER --again repeats it)') from None
         return collect(d, len(rows), self.settings.embed_batch)
 
 # %% ../nbs/43_train.ipynb #3b0bd940
@@ -209,7 +214,7 @@ def recorded_places(self:EpochGraph, epoch, found): # (row of the image that is 
     rows = one_image_each(self.supply.geo.codes, self.settings.seed, 0)
     if picked is not None and self.settings.node_features == 'image': return rows, None if images is None else images[rows]
     if picked is not None and not epoch: return rows, descriptors                                     # mining looked through the same
-    return rows, self.embed_all(f'graph {epoch}: embedding', self.supply.plain, rows)
+    return rows, self.embed_all(f'graph {epoch}: embedding', 'mined', self.supply.plain, rows)
 
 @patch
 def graph_record(self:EpochGraph, epoch, found, recorded, answers): # writes the epoch's folder; returns what the metrics say of the graph
@@ -225,7 +230,7 @@ def graph_record(self:EpochGraph, epoch, found, recorded, answers): # writes the
 @patch
 def measure(self:EpochGraph, validation): # (recall, `Answers`) of the model as it is
     v = validation
-    d = self.embed_all(f'recall {v.name}', v.views, np.arange(len(v.views)))
+    d = self.embed_all(f'recall {v.name}', v.name, v.views, np.arange(len(v.views)))
     if d is None: return {}, None
     distances, near = search(d[v.queries], d[v.database], 20)
     return recall_from_ranks(near, v.positives), answers_of(d, v.queries, v.database, v.positives, distances, near) if self.settings.record_graph else None
@@ -360,40 +365,48 @@ def on_train_epoch_end(self:EpochGraph, trainer, module):
 
 @patch
 def on_exception(self:EpochGraph, trainer, module, exception):
-    "Close the bar; when a loss was no number, keep the batch that made it and the weights it met."
+    "Close the bar; when a loss or a descriptor was no number, keep the batch that made it and the weights it met."
     if self.bar is not None: self.bar.close()
-    if first() and module.failed:
-        index = module.step % self.settings.steps
-        rows = dict(zip(('mined', 'labelled'), (b[index] for b in self.steps.batches)))
-        save_sage(module.model, self.run.path/'failed.safetensors')
-        write_json(self.run.path/'failed.json', dict(epoch=self.epoch + 1, step=module.step + 1, rows=rows, **module.failed))
+    if self.failed: kept = dict(epoch=self.epoch, step=module.step, **self.failed)
+    elif first() and module.failed:
+        rows = dict(zip(('mined', 'labelled'), (b[module.step % self.settings.steps] for b in self.steps.batches)))
+        kept = dict(epoch=self.epoch + 1, step=module.step + 1, rows=rows, **module.failed)
+    else: return
+    save_sage(module.model, self.run.path/'failed.safetensors')
+    write_json(self.run.path/'failed.json', kept)
 
 
 # %% ../nbs/43_train.ipynb #5073dc11
 def read_failed(
     path, # failed.json of a run
-) -> dict: # epoch, step, rows: source → [P, K] rows of its table
+) -> dict: # epoch, step, rows: source → [P, K] rows of its table; described: whether they were only described, not trained with
     "What was kept of the batch at which a training stopped. Raises UserError where the file is damaged."
     try:
         failed = json.loads(path.read_text())
         rows = {n: np.array(r, dtype=np.int64) for n, r in failed['rows'].items()}
         if not rows or any(r.ndim != 2 or r.size == 0 for r in rows.values()): raise ValueError('its rows are no batch')
-        return dict(epoch=int(failed['epoch']), step=int(failed['step']), rows=rows)
+        return dict(epoch=int(failed['epoch']), step=int(failed['step']), rows=rows, described=failed.get('described') is True)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e: raise UserError(f'{path}: damaged ({e}); resume the run to stop there again') from None
+
+def described_again(settings, model, name, table, rows): # the table of `again`, of images that were described for mining, a graph or recall
+    s, views = settings, Views(table, eval_transform(check_size(settings.image_size if name == 'mined' else settings.eval_size, model.patch)))
+    found = np.concatenate(list(described(model.to(pick_device(s.device)), views, rows, len(rows), 0, precision_of(s, model))))
+    return pd.DataFrame(dict(source=name, slot=0, image=[views.paths[r] for r in rows], finite=np.isfinite(found).all(1)))
 
 def again(
     run:Run,         # stopped because a loss or a descriptor was no number
     pretrained=True, # see `create_sage`
-) -> tuple:          # (loss, names of parameters whose gradient is no number, table of the batch's images: source, slot, image, finite: whether its descriptor is numbers)
+) -> tuple:          # (loss, None where images were only described; names of parameters whose gradient is no number; table of the batch's images: source, slot, image, finite: whether its descriptor is numbers)
     "The batch at which a training stopped, once more, with the weights it met. Raises UserError where there is none."
     path = run.path/'failed.json'
     if not path.exists(): raise MissingPath(f'{path}: no such file; this run did not stop at a number that is none')
     failed, s = read_failed(path), recorded_settings(run.config, run.path)
-    module = SageModule(make_model(s, pretrained), s).train()
+    module, tables = SageModule(make_model(s, pretrained), s).train(), {n: run.table(n) for n in failed['rows']}
+    if any(not 0 <= r.min() <= r.max() < len(tables[n]) for n, r in failed['rows'].items()): raise UserError(f'{path}: damaged (it names images that the run does not have); resume the run to stop there again')
     read_weights(run.path/'failed.safetensors', module.model)
+    if failed['described']: return None, [], pd.concat([described_again(s, module.model, n, tables[n], r.ravel()) for n, r in failed['rows'].items()], ignore_index=True)
     module.step, names = failed['step'] - 1, list(failed['rows'])
-    sources = Sources([Views(run.table(n), train_transform(check_size(s.image_size, module.model.patch), s.augment), None, seed_of(s.seed, n)) for n in names])
-    if any(not 0 <= failed['rows'][n].min() <= failed['rows'][n].max() < len(v) for n, v in zip(names, sources.views)): raise UserError(f'{path}: damaged (it names images that the run does not have); resume the run to stop there again')
+    sources = Sources([Views(tables[n], train_transform(check_size(s.image_size, module.model.patch), s.augment), None, seed_of(s.seed, n)) for n in names])
     steps = Steps(s.steps)
     steps.fill(failed['epoch'], [[failed['rows'][n]] * s.steps for n in names])
     keys = [(*k[:-1], module.step % s.steps) for k in next(iter(steps))]

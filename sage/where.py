@@ -8,7 +8,7 @@ __all__ = ['ENOUGH', 'FORMAT', 'packaged_model', 'model_hash', 'describe_files',
            'list_map', 'update_map', 'own_rows', 'ask', 'in_map']
 
 # %% ../nbs/46_where.ipynb #6903f45c
-import errno, hashlib, json, os, re, time, uuid
+import errno, hashlib, json, os, re, struct, time, uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,20 +196,27 @@ def _is_index(about):
     told = [about['calibration'].get(side) for side in ('right', 'wrong')]
     return all(os.path.basename(n) == n and isinstance(size, int) for n, size in about['bytes'].items()) and all(isinstance(t, list) and all(isinstance(v, (int, float)) for v in t) for t in (*told, about['size']))
 
+_FLAT = struct.Struct('<4siq16x?iQ')   # a flat index in a file: kind, D, n, trained, metric, numbers; then the numbers
+
+def _is_flat(path, n, dim):
+    "Whether a file is a flat index of `n` descriptors and nothing else. FAISS trusts what it reads, and some damaged files would end the process."
+    with open(path, 'rb') as f: head = f.read(_FLAT.size)
+    return os.stat(path).st_size == _FLAT.size + 4*n*dim and _FLAT.unpack(head) == (b'IxF2', dim, n, True, faiss.METRIC_L2, n*dim)
+
 def _opened(root, folder, about):
     "The map of one state. Raises `UserError` where a file is damaged, `MissingPath` where it is gone."
     harm = lambda what: UserError(f'{folder}: the index is damaged ({what}); make it again with --rebuild')
     try:
         for name, size in about['bytes'].items():
             if os.stat(folder/name).st_size != size: raise harm(f'{name} has not {size:,} bytes')
-        files, index = pd.read_parquet(folder/about['files']), faiss.read_index(str(folder/about['index']), faiss.IO_FLAG_MMAP_IFC)
-        fits = _is_files(files)
+        files = pd.read_parquet(folder/about['files'])
+        if not _is_files(files) or not _is_flat(folder/about['index'], int((files.reason == '').sum()), about['dim']): raise harm('its parts do not belong together')
+        index = faiss.read_index(str(folder/about['index']), faiss.IO_FLAG_MMAP_IFC)
     except UserError: raise
     except damage() as e:
         gone = [n for n in about['bytes'] if not (folder/n).exists()]
         if gone: raise MissingPath(f'{folder/gone[0]}: this part of the index is gone; make it again with --rebuild') from None
         raise harm(' '.join(str(e).split())[:80]) from None
-    if not fits or type(faiss.downcast_index(index)) not in (faiss.IndexFlat, faiss.IndexFlatL2) or index.metric_type != faiss.METRIC_L2 or (files.reason == '').sum() != index.ntotal or index.d != about['dim']: raise harm('its parts do not belong together')
     return PhotoMap(root, folder, about, files, index)
 
 _KINDS = dict(image='text', bytes='i', changed='i', sha='text', reason='text', lat='f', lon='f', easting='f', northing='f', zone='text', city='text', place='i', heading='f', time='text')
@@ -246,7 +253,7 @@ def _write_index(index, path):
     "FAISS says little of a full disk, and nothing when the last bytes do not fit: what was written is looked at. Raises OSError."
     try:
         faiss.write_index(index, str(path))
-        whole = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC).ntotal == index.ntotal
+        whole = _is_flat(path, index.ntotal, index.d)
     except RuntimeError: whole = False
     if not whole: raise OSError(errno.ENOSPC, 'not all of it could be written', str(path))
 

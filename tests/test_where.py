@@ -445,6 +445,16 @@ def test_an_index_of_another_kind_is_damaged(copy, model, kind):
     about.write_text(json.dumps(found))
     says('--rebuild', read_map, copy)
 
+def test_an_index_cut_within_its_header_is_damaged(copy):
+    "FAISS would end the process there (a length that index.json tells right is no help)."
+    path, = (copy/'.sage').glob('*.faiss'); about = copy/'.sage'/'index.json'; whole, found = path.read_bytes(), json.loads(about.read_text())
+    assert where._is_flat(path, 30, found['dim']) and not where._is_flat(path, 29, found['dim']) and not where._is_flat(path, 30, found['dim'] + 1) and not where._is_flat(path, 30, 2**70)
+    for end in (0, 3, 25, 30, 44, 45, len(whole) - 1):
+        path.write_bytes(whole[:end]); found['bytes'][path.name] = end; about.write_text(json.dumps(found))
+        says('--rebuild', read_map, copy)
+    longer = where._FLAT.pack(b'IxF2', 2**31 - 1, 30, True, 1, 30*(2**31 - 1)); path.write_bytes(longer); found['bytes'][path.name] = len(longer); about.write_text(json.dumps(found | dict(dim=2**31 - 1)))
+    says('--rebuild', read_map, copy)                                                              # numbers that are not there
+
 
 # ---- real photographs
 

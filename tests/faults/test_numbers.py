@@ -79,6 +79,28 @@ def test_weights_that_are_no_numbers_are_not_kept(towns, tmp_path, monkeypatch):
     assert Run(tmp_path/'run').resumable()[-1] == s.epochs
 
 
+@pytest.mark.parametrize('where, change', [('mined', dict()), ('unseen', dict(strategy='random', record_graph=False))], ids=['mining', 'recall'])
+def test_a_descriptor_that_is_no_number_can_be_had_again(towns, tmp_path, monkeypatch, capsys, where, change):
+    "Weights that are numbers, too large to compute with: found when places are described for mining, or images for recall."
+    end, s = EpochGraph.on_train_epoch_end, settings(**change)
+    def spoil(self, trainer, module):
+        if self.epoch == 1: module.model.probing.cluster_features[3].weight.data[:] = 3e38
+        end(self, trainer, module)
+    with monkeypatch.context() as m:
+        m.setattr(EpochGraph, 'on_train_epoch_end', spoil)
+        said = stops(s, towns, tmp_path/'run')
+    assert 'NaN or infinity' in said and '--again' in said
+    failed, run, table = json.loads((tmp_path/'run'/'failed.json').read_text()), Run(tmp_path/'run'), towns[where == 'unseen']
+    assert failed['described'] and list(failed['rows']) == [where] and failed['epoch'] == run.resumable()[-1] == 2
+    loss, gradients, batch = again(run)
+    assert loss is None and not gradients and batch.image.tolist() == table.image[np.ravel(failed['rows'][where])].tolist()
+    assert not batch.finite.all() and said.startswith(batch.image[~batch.finite].iloc[0])
+    cli.sage_train(['--run', str(run.path), '--again'])
+    assert capsys.readouterr().out.splitlines()[-1] == f'{int((~batch.finite).sum())} of {len(batch)} descriptors are no numbers'
+    (run.path/'failed.json').write_text(json.dumps(failed | dict(rows={where: [[10**6]]})))
+    with pytest.raises(UserError, match='damaged'): again(run)
+
+
 @pytest.mark.parametrize('text', ['{}', '[]', '5', '{"epoch": 1, "step": 2, "rows": []}', '{"epoch": 1, "step": 2, "rows": {}}', '{"epoch": 1, "step": 2, "rows": {"mined": 3}}', '{"epoch": 1, "step": null, "rows": {"mined": [[1]]}}', '{"epoch": 1, "step": 2, "rows": {"mined": [["a"]]}}', '{"epoch": 1, "step": 2, "rows": {"mined": [[1, 2], [3]]}}'])
 def test_a_batch_that_is_none(tmp_path, text):
     from dataclasses import asdict
