@@ -44,7 +44,7 @@ def train_parser():
     p.add_argument('--run', metavar='FOLDER', help='run folder; default runs/<strategy>-<seed>')
     p.add_argument('--again', action='store_true', help='only repeat the batch at which the run in --run stopped because a loss or a descriptor was no number, and say which images it is')
     p.add_argument('--resume', action='store_true', help='go on with the run in --run; its settings are taken, and its data where --data is not given')
-    p.add_argument('--scan', action=argparse.BooleanOptionalAction, default=True, help='decode every image once beforehand, so that unreadable ones are left out')
+    p.add_argument('--scan', action=argparse.BooleanOptionalAction, default=True, help='decode every image once beforehand, so that unreadable ones are left out; what could be read is not decoded again in later runs')
     max_bad_flag(p)
     p.add_argument('--quiet', action='store_true', help='no bars')
     p.add_argument('--dry-run', action='store_true', help='only tell how much memory a step would take; nothing is read or written')
@@ -151,7 +151,7 @@ def eval_parser():
     p.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1')
     p.add_argument('--precision', default='auto', help='auto, 32, bf16, 16')
     p.add_argument('--out', metavar='FOLDER', help='also write results.csv, and the audit table and figure, here')
-    p.add_argument('--scan', action=argparse.BooleanOptionalAction, default=True, help='decode every image once beforehand, so that unreadable ones are left out')
+    p.add_argument('--scan', action=argparse.BooleanOptionalAction, default=True, help='decode every image once beforehand, so that unreadable ones are left out; what could be read is not decoded again in later runs')
     max_bad_flag(p)
     p.add_argument('--quiet', action='store_true', help='no bars')
     return p

@@ -280,8 +280,10 @@ class Validation:
         **how,               # for `embed`: batch_size, workers, precision, tick
     ):                       # {k: percent}, see `sage.retrieval.Recall`
         "Recall@K of the model as it is."
-        d = embed(model, self.views, **how)
-        return recall_at_k(d[self.queries], d[self.database], self.positives, ks)
+        return recall_at_k(*self.sides(embed(model, self.views, **how)), self.positives, ks)
+
+    def sides(self, d): # (rows of the queries, rows of the database): views where a role's rows stand together, else copies
+        return tuple(d[r[0]:r[-1] + 1] if r[-1] - r[0] + 1 == len(r) else d[r] for r in (self.queries, self.database))
 
 # %% ../nbs/33_feed.ipynb #a767ae84
 class LogLines:

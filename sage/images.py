@@ -9,18 +9,21 @@ __all__ = ['LARGEST', 'MEAN', 'STD', 'load_image', 'scan_images', 'check_size', 
 # %% ../nbs/05_images.ipynb #05a8a157
 import os, threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import PIL
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from .core import UserError, seed_of
+from . import __version__
+from .core import UserError, atomic, cache_dir, seed_of
 from .photos import MOST_PIXELS, image_errors, open_image, rgb, upright
 
 # %% ../nbs/05_images.ipynb #4f39ab6d
@@ -59,14 +62,46 @@ def _reason(path):
     except UserError as e: return str(e)
     return ''
 
+def _state(path):
+    "A number for a file as it is now, 0 where there is none: for another content, most likely another one."
+    try: found = os.stat(path)
+    except (OSError, ValueError): return 0
+    told = '\0'.join(map(str, (__version__, PIL.__version__, os.path.abspath(path), found.st_size, found.st_mtime_ns)))
+    return int.from_bytes(blake2b(told.encode('utf-8', 'surrogateescape'), digest_size=8).digest(), 'little')
+
+def _readable():
+    "States that could be read, uint64, sorted; and the file they are kept in."
+    path, none = cache_dir('readable.npy'), np.zeros(0, np.uint64)
+    try:
+        with open(path, 'rb') as f: found = np.lib.format.read_array(f, allow_pickle=False)
+    except (OSError, ValueError, EOFError): return path, none
+    return path, np.sort(found) if found.ndim == 1 and found.dtype == np.uint64 else none
+
+def _among(states, known):
+    "Which of them are known (sorted)."
+    return known[np.minimum(np.searchsorted(known, states), len(known) - 1)] == states if len(known) else np.zeros(len(states), bool)
+
+def _remember(states):
+    "Add to the states that could be read; where nothing can be written, nothing is remembered."
+    path, known = _readable()
+    with suppress(OSError), atomic(path) as part, open(part, 'wb') as f: np.save(f, np.union1d(known, states))
+
+# %% ../nbs/05_images.ipynb #c94bd24d
 def scan_images(
     df:pd.DataFrame, # a table of places
     progress:bool=True, # show a bar
 ) -> tuple: # (the rows whose image can be read, list of (path, reason) of the others)
-    "Decode every image of a table once. Raises `UserError` where none can be read."
-    with ThreadPoolExecutor() as pool:
-        reasons = list(tqdm(pool.map(_reason, df['image']), total=len(df), desc='scanning', unit='image', disable=not progress))
-    bad = [(path, reason) for path, reason in zip(df['image'], reasons) if reason]
+    "Decode every image of a table once, and those that could be read never again. Raises `UserError` where none can be read."
+    paths, known, reasons, new = df['image'].tolist(), _readable()[1], [], []
+    with ThreadPoolExecutor() as pool, tqdm(total=len(df), desc='scanning', unit='image', disable=not progress) as bar:
+        for a in range(0, len(paths), 4096):                                   # a million waiting tasks would be gigabytes
+            some = paths[a:a+4096]
+            states = np.array(list(pool.map(_state, some)), np.uint64)
+            seen = _among(states, known)
+            for reason in pool.map(lambda path, seen: '' if seen else _reason(path), some, seen): reasons.append(reason); bar.update()
+            new.append(states[[not s and not r for s, r in zip(seen, reasons[a:])]])
+    if any(map(len, new)): _remember(np.concatenate(new))
+    bad = [(path, reason) for path, reason in zip(paths, reasons) if reason]
     if len(bad) == len(df): raise UserError(f'none of the {len(df):,} images can be read{": " + bad[0][1] if bad else ""}')
     return df[[not r for r in reasons]].reset_index(drop=True), bad
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd, pyarrow as pa
 from fastcore.basics import patch
-from .core import UserError, MissingPath, atomic, one_line, stream
+from .core import UserError, MissingPath, atomic, existing, one_line, stream
 from .places import COLUMNS, check_table
 
 # %% ../nbs/30_run.ipynb #73d7f3de
@@ -152,7 +152,7 @@ def write_json(
 @patch(as_prop=True)
 def config(self:Run) -> dict:
     "Every setting of the run, as `config.json` holds it."
-    path = self.path/'config.json'
+    path = existing(self.path/'config.json', 'file', 'the folder is no run, or was removed')
     try: config = json.loads(path.read_text())
     except (ValueError, RecursionError) as e: raise UserError(f'{path}: not readable as JSON ({e}); restore it or train anew') from None
     if not isinstance(config, dict): raise UserError(f'{path}: holds no settings; restore it or train anew')

@@ -232,7 +232,7 @@ def measure(self:EpochGraph, validation): # (recall, `Answers`) of the model as 
     v = validation
     d = self.embed_all(f'recall {v.name}', v.name, v.views, np.arange(len(v.views)))
     if d is None: return {}, None
-    distances, near = search(d[v.queries], d[v.database], 20)
+    distances, near = search(*v.sides(d), 20)
     return recall_from_ranks(near, v.positives), answers_of(d, v.queries, v.database, v.positives, distances, near) if self.settings.record_graph else None
 
 @patch

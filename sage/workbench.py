@@ -104,8 +104,8 @@ def _opened(self:Workbench):
 
 @patch
 def _complain(self:Workbench, error):
-    self.error = error
-    if not isinstance(error, UserError): traceback.print_exception(error)
+    known, self.error = repr(self.error) == repr(error), error                    # said already: a page that fails is drawn again with every change
+    if not (known or isinstance(error, UserError)): traceback.print_exception(error)
     self.say(error if isinstance(error, UserError) else f'{type(error).__name__}: {error}; the whole story is in the log', wrong=True)
 
 @patch

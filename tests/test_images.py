@@ -9,6 +9,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
+from sage import images
 from sage.core import MissingPath, UserError
 from sage.images import ImageTable, check_size, eval_transform, image_loader, load_image, own_random, scan_images, train_transform
 from sage.places import make_table
@@ -174,6 +175,52 @@ def test_scan_lists_what_it_leaves_out(tmp_path, many):
     assert sorted(good.place) == list(range(7)) and (good.place == df.place[df.image.isin(good.image)].to_numpy()).all() and good.attrs == df.attrs and good.index.tolist() == list(range(7))
     assert {Path(p).name for p, _ in bad} == {'zero.jpg', 'half.jpg', 'text.jpg', 'gone.jpg'} and all(p in reason for p, reason in bad)
     says('none of the 4 images can be read', scan_images, df[~df.image.isin(good.image)])
+
+
+@pytest.fixture
+def opened(monkeypatch, tmp_path):
+    "Names of the images that a scan decodes, with a cache of its own."
+    monkeypatch.setenv('SAGE_CACHE', str(tmp_path/'cache'))
+    names, load = [], images.load_image
+    monkeypatch.setattr(images, 'load_image', lambda path: (names.append(Path(path).name), load(path))[1])
+    return names
+
+
+def test_what_could_be_read_is_not_decoded_again(tmp_path, many, opened):
+    (tmp_path/'half.jpg').write_bytes(encoded('JPEG')[:500])
+    df, again = table([*many.image, tmp_path/'half.jpg', tmp_path/'gone.jpg']), lambda: (opened.clear(), scan_images(df, False), sorted(opened))
+    first = again()
+    assert first[2] == sorted(Path(p).name for p in df.image) and len(first[1][0]) == len(many)
+    _, (good, bad), names = again()
+    assert names == ['gone.jpg', 'half.jpg'] and good.equals(first[1][0]) and bad == first[1][1]           # the reason may have gone
+    path = Path(many.image[0]); data = path.read_bytes(); path.write_bytes(data[:-1])                      # another size
+    os.utime(many.image[1], (1, 1))                                                                        # another time
+    assert again()[2] == sorted([path.name, Path(many.image[1]).name, 'gone.jpg', 'half.jpg'])
+    path.write_bytes(data)
+    (tmp_path/'half.jpg').write_bytes(encoded('JPEG'))
+    assert len(again()[1][0]) == len(many) + 1 and len(np.load(tmp_path/'cache'/'readable.npy')) >= len(many) + 1
+
+
+@pytest.mark.parametrize('kept', [b'', b'no array', b'PK\3\4', None, np.zeros(3), np.zeros((2, 2), np.uint64), np.array([{}], object)], ids=['empty', 'text', 'zip', 'folder', 'floats', 'square', 'objects'])
+def test_a_memory_of_something_else_is_none(tmp_path, many, opened, kept):
+    "It is written anew; where it cannot be, the scan is as it was without one."
+    path = tmp_path/'cache'/'readable.npy'; path.parent.mkdir()
+    if kept is None: path.mkdir()
+    elif isinstance(kept, bytes): path.write_bytes(kept)
+    else: np.save(path, kept, allow_pickle=True)
+    for n in (len(many), len(many) if kept is None else 0):
+        opened.clear()
+        assert len(scan_images(many, False)[0]) == len(many) == 7 and len(opened) == n
+
+
+def test_a_scan_in_pieces(tmp_path, many, monkeypatch, opened):
+    "More rows than are handed out at a time; each keeps its own reason."
+    (tmp_path/'bad.png').write_bytes(b'x')
+    df = table(([*many.image[:3], tmp_path/'bad.png']*1100))
+    good, bad = scan_images(df, False)
+    assert len(good) == 3300 and len(bad) == 1100 and len(opened) == 4400 and set(good.image) == set(many.image[:3])
+    opened.clear(); scan_images(df, False)
+    assert opened == ['bad.png']*1100
 
 
 # ---- sizes and transforms

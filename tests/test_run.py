@@ -53,6 +53,8 @@ def test_create_refuses_and_open_explains(run, tmp_path):
     with pytest.raises(UserError, match='in the way'): Run.create(tmp_path/'file', {})
     (run.path/'config.json').write_text('{"seed":')
     with pytest.raises(UserError, match='not readable as JSON'): run.config
+    (run.path/'config.json').unlink()
+    with pytest.raises(MissingPath, match='config.json: no such file; the folder is no run, or was removed'): run.config
 
 def test_metrics_kinds_and_nan(run):
     run.log(epoch=0, loss=float('nan'))

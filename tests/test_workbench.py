@@ -257,6 +257,22 @@ def test_a_run_without_epochs_waits(tmp_path):
 def test_no_run_is_said(tmp_path):
     with pytest.raises(UserError, match='nowhere'): Workbench(tmp_path/'nowhere')
 
+def test_a_run_that_is_removed_is_said(run, tmp_path, capfd):
+    "In a line, and not in a new story in the log with every look."
+    shutil.copytree(run.path, tmp_path/'gone')
+    bench = Workbench(tmp_path/'gone')
+    try:
+        bench.wait(120)
+        shutil.rmtree(tmp_path/'gone')
+        for node in range(3):
+            bench.painter.do(lambda: bench.state.set(node=node)); start = bench.painter.rounds
+            until(lambda: bench.painter.rounds > start + 1, bench)
+        until(lambda: bench.error is not None, bench)
+        assert isinstance(bench.error, UserError) and 'Traceback' not in capfd.readouterr().err
+        for _ in range(3): bench._complain(RuntimeError('new'))                              # one that nobody foresaw
+        assert capfd.readouterr().err.count('RuntimeError: new') == 1
+    finally: bench.close()
+
 def test_errors_become_a_line(bench):
     bench.tabs.selected_index = 2
     until(lambda: 'no epoch has attention maps' in bench.status.value, bench)

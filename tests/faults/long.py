@@ -125,11 +125,11 @@ if __name__ == '__main__':
     parser.add_argument('--records', type=int, help='only open a made-up run of so many epochs')
     parser.add_argument('--folder', type=Path, help='where to train; kept; default: a temporary one')
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as own:
-        folder = (args.folder or Path(own))/'runs'/'long'
+    with tempfile.TemporaryDirectory() as place:
+        folder = (args.folder or Path(place))/'runs'/'long'
         folder.parent.mkdir(parents=True, exist_ok=True)
         multiprocessing.util.get_temp_dir()                                                 # in the ordinary place: Python removes it last of all
-        os.environ['TMPDIR'] = tempfile.tempdir = str(Path(own)/'temporary')                # of both processes, and of nobody else
+        os.environ['TMPDIR'] = tempfile.tempdir = str(Path(place)/'temporary')                # of both processes, and of nobody else
         os.mkdir(tempfile.tempdir)
         if args.records:
             epochs, read, drawn = opened(recorded(folder, args.records))

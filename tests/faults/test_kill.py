@@ -116,3 +116,11 @@ def test_the_command_is_refused(tmp_path, root):
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and f'process {p.pid}' in done.stderr, done.stderr
     assert {q: q.stat().st_mtime_ns for q in run.path.rglob('*')} == before
     p.communicate('')
+
+
+@pytest.mark.slow
+def test_the_long_run_runs(root):
+    "Ten seconds of it: that everything is looked at and reported; what grows in so short a time means nothing."
+    done = subprocess.run([sys.executable, str(root/'tests'/'faults'/'long.py'), '--minutes', '.17', '--every', '1'], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(root), 'PYTHONWARNINGS': 'ignore'})
+    assert 'ended by SIGTERM with 143' in done.stdout and 'epochs of records are read in' in done.stdout and 'Traceback' not in done.stderr, done.stdout + done.stderr
+    assert all(f'{who} memory' in done.stdout for who in ('training', 'workbench', 'layouts', 'networks'))
