@@ -141,7 +141,7 @@ def test_describe_a_csv(t, capsys):
 
 
 def test_npy_header_is_numpys(tmp_path):
-    from sage.cli_photos import npy_header
+    from sage.describe import npy_header
     for rows in (0, 7, 12_345_678):
         with open(tmp_path/'x.npy', 'wb') as f: f.write(npy_header(rows, 8448))
         with open(tmp_path/'x.npy', 'rb') as f:
@@ -284,7 +284,6 @@ def parts(twelve, out, *more, capsys): return run('describe', twelve, '-o', out,
 
 def test_parts_that_were_stopped_name_every_image(twelve, tmp_path, capsys, monkeypatch):
     "Between a part and the list of its images that cannot be read there is no moment at which one is lost."
-    from sage import cli_photos
     out, replace, calls = tmp_path/'d.npy', os.replace, []
     def pulled(a, b): # the process ends before its n-th file gets its name
         calls.append(b)

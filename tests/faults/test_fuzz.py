@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from sage.cli import summary
-from sage.cli_photos import image_list
+from sage.describe import image_list
 from sage.core import UserError
 from sage.export import geojson, recorded, recorded_answers, write_parquet
 from sage.formats import read_gsv, read_msls, utm_fields, write_gsv, write_msls
