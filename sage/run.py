@@ -6,12 +6,11 @@
 __all__ = ['LEFTOVER', 'FILES', 'SHAPES', 'PLACES', 'NODES', 'EDGES', 'CLIQUES', 'MORE', 'IS', 'ARE', 'KINDS', 'remove', 'sweep',
            'epoch_name', 'plain', 'naming', 'append_line', 'whole_bytes', 'read_lines', 'Run', 'write_json',
            'check_config', 'whole_rows', 'epoch_file', 'damage', 'read_table', 'read_array', 'Answers',
-           'reduce_descriptors', 'answers_of', 'answer_arrays', 'checkpoint_paths', 'pause_path', 'Stopped', 'started',
-           'alone', 'holder']
+           'reduce_descriptors', 'answers_of', 'answer_arrays', 'checkpoint_paths', 'pause_path', 'Stopped']
 
 # %% ../nbs/30_run.ipynb #9128c816
-import fcntl, json, os, platform, re, shutil, struct, time, tokenize, uuid, zipfile, zlib
-from contextlib import contextmanager, suppress
+import json, os, re, shutil, struct, tokenize, uuid, zipfile, zlib
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd, pyarrow as pa
@@ -476,72 +475,3 @@ def discard(self:Run):
     if (self.path/'metrics.jsonl').exists(): return
     for name in ('epochs', 'checkpoints', 'tables', 'config.json'): remove(self.path/name)
     if not any(self.path.iterdir()): self.path.rmdir()
-
-# %% ../nbs/30_run.ipynb #ed72d5e9
-def started(
-    pid:int, # number of a process on this machine
-) -> str:    # '' where it has ended
-    "When a process was started, as the system counts it."
-    try:
-        if not os.path.exists('/proc/self/stat'): os.kill(pid, 0); return 'unknown'                 # macOS
-        state = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
-    except ProcessLookupError: return ''
-    except (FileNotFoundError, PermissionError): return 'unknown' if _is_there(pid) else ''         # another user's may be hidden
-    return '' if state[0] in 'ZX' else f'{Path("/proc/sys/kernel/random/boot_id").read_text().strip()} {state[19]}'
-
-def _is_there(pid): # a process of any user
-    try: os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError): return False
-    except PermissionError: pass
-    return True
-
-def _space(): # whose process numbers these are: a container has its own, under the host's name or another
-    try: return os.readlink('/proc/self/ns/pid')
-    except OSError: return ''
-
-def _elsewhere(owner): # whether its process number says nothing here
-    return owner['host'] != platform.node() or owner.get('space', _space()) != _space()
-
-@contextmanager
-def _one_at_a_time(path): # the file at `path`, open, while nobody else is in here; made where it is not there
-    while True:
-        with open(path, 'a+') as f:
-            with suppress(OSError): fcntl.flock(f, fcntl.LOCK_EX)                                    # a network disk without locks goes on without
-            try: same = os.stat(path).st_ino == os.fstat(f.fileno()).st_ino                          # its holder may have removed it meanwhile
-            except FileNotFoundError: same = False
-            if same: yield f; return
-
-@contextmanager
-def alone(
-    path, # a run folder; made where it is not there
-):
-    "Hold a run folder against every other process. Raises UserError naming the one that has it; one that has ended has it no more."
-    lock, me = Path(path)/'lock.json', dict(pid=os.getpid(), host=platform.node(), space=_space(), started=started(os.getpid()), since=time.strftime('%Y-%m-%d %H:%M'))
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with naming(lock), _one_at_a_time(lock) as f:
-        owner = holder(lock)
-        if owner: raise UserError(f'{path}: process {owner["pid"]} on {owner["host"]} has been writing this run since {owner["since"]}; wait for it, stop it, or choose another folder' + (f' (if it has ended, remove {lock})' if _elsewhere(owner) else ''))
-        f.truncate(0)
-        f.write(json.dumps(me))
-        f.flush()
-    try: yield
-    finally:
-        with suppress(OSError): # a lock that cannot be removed is nobody's once this process ends
-            if lock.exists():
-                with _one_at_a_time(lock): # or one who has just opened it would write his name into a file that is gone
-                    if _read_lock(lock) == me: lock.unlink()
-            lock.parent.rmdir() # only where a run never began
-
-def _read_lock(lock):
-    try: owner = json.loads(lock.read_text())
-    except (OSError, ValueError, RecursionError): return {}
-    return owner if isinstance(owner, dict) and {'pid', 'host', 'started', 'since'} <= {*owner} and isinstance(owner['pid'], int) else {}
-
-def holder(
-    lock:Path, # a run's lock.json
-) -> dict:     # pid, host, started, since; {} where nobody holds it
-    "Who writes a run."
-    owner = _read_lock(lock)
-    if not owner or _elsewhere(owner): return owner
-    now = started(owner['pid'])
-    return owner if now and (now == owner['started'] or 'unknown' in (now, owner['started'])) else {}

@@ -4,7 +4,8 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from sage.core import MissingPath, UserError
 from sage.places import make_table
-from sage.run import Run, alone, answers_of, append_line, checkpoint_paths, plain, read_lines, reduce_descriptors
+from sage.lock import alone
+from sage.run import Run, answers_of, append_line, checkpoint_paths, plain, read_lines, reduce_descriptors
 
 def tables(n=5, seed=0):
     g = np.random.default_rng(seed)
@@ -156,7 +157,7 @@ def test_an_epoch_is_removed_at_once(run, monkeypatch):
 
 def test_a_lock_from_another_container(tmp_path, monkeypatch):
     "Two containers may share the host's name, and neither sees the other's processes."
-    from sage import run as module
+    from sage import lock as module
     theirs = dict(pid=2**22 + 1, host=os.uname().nodename, space='pid:[1]', started='x', since='2026-01-02 03:04')
     (tmp_path/'lock.json').write_text(json.dumps(theirs))
     if not module._space(): pytest.skip('this system counts processes in one space')
@@ -167,7 +168,7 @@ def test_a_lock_from_another_container(tmp_path, monkeypatch):
 
 def test_an_owner_that_may_not_be_looked_at_keeps_its_lock(tmp_path, monkeypatch):
     "A system may hide when another user's process began, or the process itself (hidepid)."
-    from sage import run as module
+    from sage import lock as module
     if not module._space(): pytest.skip('no /proc on this system')
     read = module.Path.read_text
     for hidden in (PermissionError, FileNotFoundError):

@@ -7,7 +7,8 @@ import pytest
 sys.path.insert(0, os.path.dirname(__file__))
 import kill
 from sage.core import UserError
-from sage.run import Run, alone, holder, started
+from sage.lock import alone, holder, started
+from sage.run import Run
 
 HERE = Path(__file__).parent
 
@@ -42,7 +43,7 @@ def test_signals():
 
 HOLD = '''
 import sys
-from sage.run import alone
+from sage.lock import alone
 with alone(sys.argv[1]): print('held', flush=True); sys.stdin.read()
 '''
 
