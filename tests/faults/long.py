@@ -100,11 +100,9 @@ def recorded(path, epochs):
     return run.path
 
 
-def main(minutes, every, folder):
-    streets = tables()
-    p = child(folder, streets, epochs=10**6)
-    while not (folder/'config.json').exists() and p.exitcode is None: time.sleep(.1)
-    bench, start, rows = Workbench(Run(folder)), time.monotonic(), []
+def watched(bench, p, minutes, every, folder):
+    "A row for each look, one tab after another open."
+    start, rows = time.monotonic(), []
     while time.monotonic() < start + 60*minutes:
         time.sleep(every)
         if p.exitcode is not None: raise SystemExit(f'the training ended with {p.exitcode}: {said(folder).read_text()}')
@@ -113,6 +111,15 @@ def main(minutes, every, folder):
         rows.append(sample(start, p.pid, folder))
         if len(rows) % 60 == 0: print({k: round(v, 1) for k, v in rows[-1].items()}, len(Run(folder).epochs()), 'epochs', flush=True)
     bench.close()
+    return rows
+
+
+def main(minutes, every, folder):
+    streets = tables()
+    p = child(folder, streets, epochs=10**6)
+    while not (folder/'config.json').exists() and p.exitcode is None: time.sleep(.1)
+    try: rows = watched(Workbench(Run(folder)), p, minutes, every, folder)
+    except BaseException: p.kill(); raise                                                              # nobody else would end it
     os.kill(p.pid, signal.SIGTERM)
     code = wait(p)
     return pd.DataFrame(rows), code
