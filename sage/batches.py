@@ -246,7 +246,7 @@ class Pass:
             if attempt + 1 == FEW and not self.n and best < P - max(1, P//10): break
         r = f'{self.b.geo.radius:g} m'
         raise UserError(f'only {best} of the {P} places of a batch could be filled in {attempt + 1} attempts: these {len(self.taken)} images do not hold {P} groups of {k} images that are within {r} of one another and {r} from other groups; '
-                        f'use places_per_batch={best} or fewer, or give more images' if best else f'no place of {k} images within {r} of one another could be drawn; use fewer images_per_place, or give more images')
+                        + (f'use places_per_batch={best} or fewer, or ' if best > 1 else '') + 'give more images' if best else f'no place of {k} images within {r} of one another could be drawn; use fewer images_per_place, or give more images')
 
     def __next__(self):
         self._fill()
@@ -279,7 +279,7 @@ class CliqueBatches:
     ):
         if strategy not in STRATEGIES: raise UserError(f'strategy {strategy!r} is unknown; use {", ".join(STRATEGIES)}')
         for name, value, least in (('places_per_batch', places_per_batch, 1), ('images_per_place', images_per_place, 1), ('similar', similar, 0), ('min_size', min_size, 1)):
-            if int(value) != value or value < least: raise UserError(f'{name}={value} is not possible; give a whole number of {least} or more')
+            if not isinstance(value, (int, np.integer)) and not (isinstance(value, float) and value.is_integer()) or value < least: raise UserError(f'{name}={value} is not possible; give a whole number of {least} or more')
         self.geo = geo if geo is not None else GeoSide(places, radius)
         self.strategy, self.shape, self.seed, self.similar, self.min_size = strategy, (int(places_per_batch), int(images_per_place)), seed, int(similar), int(min_size)
         self.tau2, self.keep, self.epoch, self.features = tau2, keep, 0, None

@@ -32,7 +32,7 @@ from .cli_export import sage_export, sage_pca
 from .cli_data import sage_data
 from .cli_report import sage_report
 from .cli_photos import sage_describe, sage_where
-from .command import Parser, add_settings, can_hold, command, count, eval_side, free_folder, max_bad_flag, memory, metres, model_of, new_run, said, settings_from, size, whole, write_csv
+from .command import Parser, add_settings, can_hold, check_model_flags, command, count, eval_side, free_folder, max_bad_flag, memory, metres, model_of, new_run, said, settings_from, size, whole, write_csv
 
 # %% ../nbs/70_cli.ipynb #f5438400
 def train_parser():
@@ -59,6 +59,7 @@ def tables_for(args):
     "Training and validation tables: from --data and --val, or those that the resumed run remembers."
     check_scan(args)
     if args.data: return training_and_validation(args.data, args.val, args.format or ['auto'], args.scan, not args.quiet, args.max_bad)
+    if given := [f'--{n}' for n in ('val', 'format') if getattr(args, n)] + ['--max-bad']*(args.max_bad < 1): raise UserError(f'{given[0]} belongs to --data; without it a resumed run goes on with its own images: leave it out')
     run = Run(args.run)
     tables = {name: run.table(name) for name in run.config.get('tables', {})}
     return {n: t for n, t in tables.items() if n in ('mined', 'labelled')}, {n: t for n, t in tables.items() if n not in ('mined', 'labelled')}
@@ -172,6 +173,7 @@ def sage_eval(argv):
     args = eval_parser().parse_args(argv)
     names = [n for part in args.benchmark for n in part.split(',')]
     check_flags(args)
+    check_model_flags(args)
     if args.out: can_hold(args.out)
     sets = evaluation_sets(args.data, names, data_root(args.data_root), args.frames, 25. if args.radius is None else args.radius, args.scan, not args.quiet, args.max_bad)
     if args.checkpoint or args.backbone: model, name, trained = model_of(args)
@@ -263,6 +265,7 @@ def sage_ablate(argv):
     p.add_argument('--quiet', action='store_true', help='no bars')
     add_settings(p, skip=('strategy', 'alpha', 'seed', 'record_graph'))
     args = p.parse_args(argv)
+    if args.dev and (args.data != 'world' or args.val): raise UserError('--dev tries the command on the smallest world; leave out --data and --val, or --dev')
     settings = settings_from(args, **(WORLD if args.data == 'world' else {}) | (DEV if args.dev else {}))
     cells(args.seeds, tuple(args.poolings), tuple(args.strategies))                # unknown names are refused before anything is read
     if args.dev: towns = world(dev=True); train, val = towns['train'], towns['val']

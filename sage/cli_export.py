@@ -142,6 +142,8 @@ def sage_export(argv):
     if not (args.onnx or args.hub or args.parquet or args.geojson): raise UserError('nothing to write: give --onnx FILE, --hub FOLDER, --parquet FILE or --geojson FILE')
     if (args.parquet or args.geojson) and not args.run: raise UserError('--parquet and --geojson show a run: give it with --run FOLDER')
     if (args.onnx or args.hub) and not args.checkpoint: raise UserError('--onnx and --hub need a model: give --checkpoint FILE, or a run folder')
+    for flag, given, needs in (('--checkpoint', args.checkpoint, ('onnx', 'hub')), ('--run', args.run, ('parquet', 'geojson')), ('--table', args.table, ('parquet', 'geojson')), ('--size', args.size, ('onnx',)), ('--umap', args.umap, ('parquet',))):
+        if given and not any(getattr(args, n) for n in needs): raise UserError(f'{flag} has no part in what is to be written: it belongs to {" and ".join("--" + n for n in needs)}; leave it out')
     for path, suffix in ((args.onnx, '.onnx'), (args.parquet, '.parquet'), (args.geojson, '.geojson')):
         if path: new_file(path, suffix)
     if args.checkpoint: export_checkpoint(args)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['add_model_flags', 'answering', 'Asked', 'ask_photos', 'in_words', 'for_programs', 'answer_layer', 'where_page',
-           'where_parser', 'sage_where', 'about_map', 'write_page', 'sage_describe', 'describe_here', 'said_of']
+           'where_parser', 'sage_where', 'about_map', 'write_page', 'not_of_others', 'sage_describe', 'describe_here',
+           'said_of']
 
 # %% ../nbs/67_cli_photos.ipynb #c7f67559
-import argparse, json, sys
+import argparse, json, os, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from .photos import as_text, unread_csvs
 from .ranks import launch, launched, told
 from .sources import not_too_many
 from .where import PhotoMap, ask, describe_files, ground_metres, in_map, in_space, own_rows, packaged_model, threshold, update_map
-from .command import Parser, command, count, eval_side, max_bad_flag, metres, model_of, said, size
+from .command import Parser, check_model_flags, command, count, eval_side, max_bad_flag, metres, model_of, said, size
 from .describe import describe_parts, describe_to, image_list, own_position, part_size, parts_summary, parts_words
 from .viz.style import COLORS, escape, thumbnail
 from .viz.map import add_ground, add_note, empty_map, features, fit, layer, map_coordinates, map_html
@@ -43,6 +44,7 @@ def answering(
     args:argparse.Namespace, # parsed
 )->tuple: # model on its device, name, (height, width)
     "The model that describes."
+    check_model_flags(args)
     if args.checkpoint or args.backbone:
         model, name, trained = model_of(args)
         side = args.size or eval_side(trained, args.backbone)
@@ -221,6 +223,12 @@ def write_page(
     except OSError as e: raise UserError(f'{path}: cannot be written ({e.strerror}); choose another file') from None
 
 # %% ../nbs/67_cli_photos.ipynb #9e843578
+def not_of_others(out, sources):
+    "Raises `UserError` where the csv beside an array would take the place of a source, or of a csv that this command did not write."
+    names = out.with_suffix('.csv')
+    ours = names.is_file() and out.exists() and names.open('rb').readline().strip() == b'image,lat,lon'
+    if (names.exists() and not ours) or os.path.realpath(names) in [os.path.realpath(s) for s in sources]: raise UserError(f'{names} is there already, and would be overwritten by the names of the images; choose another name for {out}')
+
 @command
 def sage_describe(argv):
     "Descriptors of images as an array or a table."
@@ -237,8 +245,7 @@ def sage_describe(argv):
     if out.suffix not in ('.npy', '.parquet'): raise UserError(f'{args.out}: descriptors are written as .npy or .parquet; choose one of these names')
     parts = args.parts or several
     if out.is_dir() and not parts: raise UserError(f'{args.out}: a folder is in the way; choose another name, or --parts to go on with parts that lie there')
-    if out.suffix == '.npy' and not parts and out.with_suffix('.csv').exists() and not out.exists(): raise UserError(f"{out.with_suffix('.csv')} is there already, and would be overwritten by the names of the images; choose another name for {args.out}")
-    if out.suffix == '.npy' and str(out.with_suffix('.csv')) in [str(Path(s).expanduser().absolute()) for s in args.images]: raise UserError(f"{out.with_suffix('.csv')} would be overwritten by the names of the images; choose another name for {args.out}")
+    if out.suffix == '.npy' and not parts: not_of_others(out, args.images)
     df = image_list(args.images)
     if several: parts = args.parts or part_size(out, len(df), max(me['size'], args.devices * args.num_nodes))
     if several and me['size'] == 1:

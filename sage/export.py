@@ -287,7 +287,7 @@ def write_hub(
 ) -> Path:
     "Model, config.json and model card in a folder for the hub. Raises UserError where a model is there already."
     folder = Path(folder)
-    if (folder/'model.safetensors').exists(): raise UserError(f'{folder}: holds a model already; choose another folder')
+    if there := [n for n in ('model.safetensors', 'config.json') if (folder/n).exists()]: raise UserError(f'{folder}: holds a model already ({there[0]}), which would be overwritten; choose another folder')
     if folder.exists() and not folder.is_dir(): raise UserError(f'{folder}: a file is in the way of the folder; choose another name')
     model, _, settings = load_checkpoint(checkpoint)
     run = run_of(checkpoint)

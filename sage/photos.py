@@ -111,12 +111,13 @@ def read_csv(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('error', pd.errors.ParserWarning)              # of fields that would be dropped
-            df = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig', compression=None, index_col=False, skipinitialspace=True).fillna('')
+            how = dict(dtype=str, keep_default_na=False, encoding='utf-8-sig', compression=None, index_col=False, skipinitialspace=True)
+            df, names = pd.read_csv(path, **how).fillna(''), pd.read_csv(path, header=None, nrows=1, **how).iloc[0].str.strip()       # pandas calls the second x 'x.1'
     except pd.errors.ParserWarning: raise UserError(f'{path}: the rows have more fields than the first line has names; put a value with a comma in quotes, or give every column a name') from None
     except UnicodeDecodeError: raise UserError(f'{path} is not UTF-8 text; save it again as csv in UTF-8, not packed') from None
     except (pd.errors.EmptyDataError, pd.errors.ParserError) as e: raise UserError(f'{path} cannot be read as a csv: {" ".join(str(e).split())}') from None
     df.columns = df.columns.str.strip()
-    if df.columns.has_duplicates: raise UserError(f'{path} has the column {df.columns[df.columns.duplicated()][0]!r} twice; leave one')
+    if twice := [*df.columns[df.columns.duplicated()], *names[names.duplicated() & (names != '')]]: raise UserError(f'{path} has the column {twice[0]!r} twice; leave one')
     for first, *others in (c.split('|') for c in columns):
         if first not in df: df = df.rename(columns={o: first for o in others})
         if first not in df: raise UserError(f"{path} has no column {' or '.join(map(repr, [first, *others]))}; expected are {wanted}")
@@ -341,11 +342,13 @@ def _zones(df, csv):
 
 def _one_plane(easting, northing, zone, name, csv):
     "Columns easting, northing, zone and city for metres: as they are where they share a zone; metres of two zones are no distances, and are measured anew."
-    if zone.nunique() < 2: return dict(easting=easting, northing=northing, zone=zone, city=name)
+    if zone.nunique() < 2 and zone.iloc[0] == '': return dict(easting=easting, northing=northing, zone=zone, city=name)
     if (zone == '').any(): raise UserError(f'{csv}: row {zone.index[(zone == "").to_numpy().argmax()]} has no zone, and other rows have one; fill it in')
     lat, lon = np.empty(len(zone)), np.empty(len(zone))
     for z, rows in zone.reset_index(drop=True).groupby(zone.to_numpy()).indices.items(): lat[rows], lon[rows] = to_latlon(easting[rows], northing[rows], z)
-    return _metres(lat, lon, name)
+    bad = ~(np.isfinite(lat) & np.isfinite(lon))
+    if bad.any(): raise UserError(f'{csv}: row {zone.index[bad.argmax()]} has easting {easting[bad.argmax()]:g} and northing {northing[bad.argmax()]:g}, which no place in zone {zone.iloc[bad.argmax()]} has; mend or remove the row')
+    return _metres(lat, lon, name) if zone.nunique() > 1 else dict(easting=easting, northing=northing, zone=zone, city=name)
 
 def _read_photo_csv(root, csv):
     "Table of the photographs that a csv names, whether it names places, and a list of (path, reason) of those without a position."

@@ -55,6 +55,9 @@ def check_table(
     for column in ('easting', 'northing'):
         bad = ~(np.abs(df[column].to_numpy(dtype=float)) <= FARTHEST)
         if bad.any(): raise UserError(f'{of}row {int(bad.argmax())} ({df["image"].iloc[bad.argmax()]}) has {column} {df[column].iloc[bad.argmax()]}; expected metres on the Earth: fill it in or remove the row')
+    for column in ('image', 'city', 'place'):
+        bad = df[column].isna().to_numpy() if column != 'place' or pd.api.types.is_integer_dtype(df.place) else pd.to_numeric(df.place, errors='coerce').pipe(lambda v: ~np.isfinite(v.to_numpy(float)) | (v != v.round()).to_numpy())
+        if bad.any(): raise UserError(f'{of}row {int(bad.argmax())} has {column} {str(df[column].iloc[bad.argmax()])!r}; expected {"a whole number" if column == "place" else "text"}: fill it in or remove the row')
     for column, known in (('role', ROLES), ('split', SPLITS)):
         bad = ~df[column].isin(known).to_numpy()
         if bad.any(): raise UserError(f'{of}row {int(bad.argmax())} has {column} {df[column].iloc[bad.argmax()]!r}; use {" or ".join(known)}')

@@ -158,7 +158,7 @@ def search(
     queries, database = check_descriptors(queries, 'queries'), check_descriptors(database, 'database')
     if queries.shape[1] != database.shape[1]:
         raise UserError(f'queries have {queries.shape[1]} numbers, database rows {database.shape[1]}; embed both with one model')
-    if k < 1: raise UserError(f'k = {k}: ask for at least one neighbour')
+    if not isinstance(k, (int, np.integer)) or k < 1: raise UserError(f'k = {k}: ask for a whole number of neighbours, at least one')
     k, found = min(k, len(database)), []
     slack = 8e-7 * np.sqrt(queries.shape[1]) * norms(database, 'database').max()
     for _, q in chunks(queries, 'queries', 1 << 26): found.append(search_piece(q, database, k, slack))
@@ -207,7 +207,8 @@ def positives_within(
     radius:float=25.,      # metres, border included
 ) -> list:                 # for each query an int64 array of database row numbers, ascending
     "Database rows within `radius` metres of each query. Row numbers count from 0 in the order of the table."
-    plan = lambda df: (df.zone.astype(str) + np.where(df.zone == '', '|' + df.city.astype(str), '')).to_numpy(str)
+    zone = lambda df: df.zone.astype(object).where(df.zone.notna(), '').astype(str)
+    plan = lambda df: (zone(df) + np.where(zone(df) == '', '|' + df.city.astype(str), '')).to_numpy(str)
     xy = lambda df: df[['easting', 'northing']].to_numpy(float)
     qp, dp, qxy, dxy = plan(queries), plan(database), xy(queries), xy(database)
     found = [[np.zeros(0, np.int64)] for _ in qp]
@@ -261,8 +262,9 @@ def recall_at_k(
 ) -> Recall:        # {k: percent} with .queries and .without_positive
     "Percent of queries with a positive among the K nearest by descriptor (Euclidean, exact, ties to the lower row)."
     if len(queries) != len(positives): raise UserError(f'{len(positives)} lists of positives for {len(queries)} queries; give one for each')
-    positives = [np.asarray(list(p), np.int64) for p in positives]
-    rows = np.concatenate([np.zeros(0, np.int64), *positives])
+    positives = [np.asarray(list(p)) for p in positives]
+    if other := [p for p in positives if len(p) and p.dtype.kind not in 'iu']: raise UserError(f'a positive is {other[0][0]!r}; give row numbers of the database')
+    rows = np.concatenate([np.zeros(0, np.int64), *(p.astype(np.int64) for p in positives)])
     if (strange := rows[(rows < 0) | (rows >= len(database))]).size: raise UserError(f'a positive is row {strange[0]} of a database of {len(database):,} rows; count rows from 0')
     ks = np.atleast_1d(ks)
     return recall_from_ranks(search(queries, database, max(int(max(ks, default=1)), 1))[1], positives, ks)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORLD', 'DEV', 'world', 'shown', 'not_too_many', 'readable', 'trainable', 'training_tables', 'validation_tables',
-           'hold_out', 'training_and_validation', 'by_radius', 'only_readable', 'evaluation_sets', 'load_checkpoint']
+           'hold_out', 'away_from', 'training_and_validation', 'by_radius', 'only_readable', 'evaluation_sets',
+           'load_checkpoint']
 
 # %% ../nbs/45_sources.ipynb #b7ebe1ef
 import sys
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.spatial import cKDTree
 
 from .core import MissingPath, UserError, cache_dir, one_line
 from .formats import detect_format, in_validation_city, read_msls, read_places
@@ -134,11 +134,16 @@ def hold_out(
     mine = pd.MultiIndex.from_frame(df[['city', 'place']]).isin(places.index[taken])
     if not mine.any(): raise UserError('no place has two images, so nothing can be held out to validate on; give --val a data set with database and queries')
     val = df[mine].assign(role=np.where(df[mine].groupby(['city', 'place']).cumcount() == 0, 'query', 'database'), split='val').reset_index(drop=True)
-    near = pd.Series(False, df.index)
-    for city, rows in df[~mine].groupby('city'):
-        theirs = val.loc[val.city == city, ['easting', 'northing']]
-        if len(theirs): near[rows.index] = np.isfinite(cKDTree(theirs).query(rows[['easting', 'northing']], distance_upper_bound=radius)[0])
-    return df[~mine & ~near].reset_index(drop=True), val
+    return away_from(val, df[~mine].reset_index(drop=True), radius), val
+
+def away_from(
+    held:pd.DataFrame, # what validates
+    df:pd.DataFrame, # what trains, rows from 0
+    radius:float = 25., # metres
+)->pd.DataFrame:
+    "What lies within `radius` of nothing that is held out, whatever its city is called and in whichever UTM zone it was measured."
+    near = np.unique(np.concatenate([np.zeros(0, np.int64), *positives_within(held, df, radius)]))
+    return df.drop(index=near).reset_index(drop=True)
 
 # %% ../nbs/45_sources.ipynb #7bac4372
 def training_and_validation(
@@ -154,7 +159,10 @@ def training_and_validation(
     paths = list(val) or [p for p in data if p == 'world' or detect_format(p) == 'msls']
     if paths: return train, validation_tables(paths, scan, progress, max_bad)
     train['mined'], held = hold_out(train['mined'])
-    if not len(train['mined']): raise UserError(f'{data[0]}: every image lies within 25 m of what is held out to validate on, so nothing is left to train; give --val a set of its own, or images of more places')
+    if 'labelled' in train:
+        before, train['labelled'] = len(train['labelled']), away_from(held, train['labelled'])
+        if before > len(train['labelled']): print(f"{before - len(train['labelled']):,} of the {before:,} labelled images lie within 25 m of what is held out to validate on, and do not train", file=sys.stderr)
+    if not all(map(len, train.values())): raise UserError(f'{", ".join(map(str, data))}: every image lies within 25 m of what is held out to validate on, so nothing is left to train; give --val a set of its own, or images of more places')
     return train, {'held out': held}
 
 # %% ../nbs/45_sources.ipynb #e559c986

@@ -321,3 +321,62 @@ def test_dry_run_tells_the_memory_and_writes_nothing(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     code, out, err = run('train', '--data', 'nowhere', '--dry-run', '--device', 'cpu', *SMALL, capsys=capsys)
     assert code == 0 and 'peak' in out and 'GB' in out and not err and not list(tmp_path.iterdir())
+
+
+# ---- what every command does with its words and its output
+
+def test_a_home_folder_in_any_argument(monkeypatch, tmp_path):
+    from sage.command import at_home
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert [at_home(a) for a in ('~/x', '--out=~/x', '--out', 'a~b', '--seed=3', '~nobody-of-that-name/x', '~')] == [f'{tmp_path}/x', f'--out={tmp_path}/x', '--out', 'a~b', '--seed=3', os.path.abspath('~nobody-of-that-name/x'), str(tmp_path)]
+
+@pytest.mark.parametrize('argv', [['data', 'check', '~nobody-of-that-name/x'], ['train', '--data=~nobody-of-that-name/x'], ['where', 'a.jpg', '--map', '~nobody-of-that-name'], ['describe', '~nobody-of-that-name', '-o', 'x.npy']])
+def test_nobodys_home(argv, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(*argv, capsys=capsys)
+    assert code == 2 and len(err.strip().splitlines()) == 1, err
+
+def test_a_result_goes_to_the_home_folder(sets, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('HOME', str(tmp_path)); monkeypatch.chdir(tmp_path)
+    code, out, err = run('eval', '--backbone', 'sage_nano', '--data', sets/'bestadt', '--size', 56, '--out=~/found', '--quiet', capsys=capsys)
+    assert code == 0 and (tmp_path/'found'/'results.csv').exists() and not (tmp_path/'~').exists(), err
+
+def ended(argv, root, **env):
+    p = subprocess.run([sys.executable, '-c', f'from sage.cli import COMMANDS; COMMANDS[{argv[0]!r}]({[str(a) for a in argv[1:]]!r})'], capture_output=True, env={**os.environ, 'PYTHONPATH': str(root), **env})
+    return p.returncode, p.stdout, p.stderr
+
+def test_a_terminal_of_few_letters(sets, root):
+    "What it cannot show is written as Python writes it."
+    for env in (dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0'), dict(PYTHONIOENCODING='latin-1'), dict(PYTHONIOENCODING='ascii')):
+        code, out, err = ended(['data', 'check', sets/'gsv'], root, **env)
+        assert b'Traceback' not in err and b'UnicodeEncodeError' not in err and code in (0, 1) and out, err
+
+def test_nobody_reads_any_more(sets, root):
+    "As in `| head -0`: a silent end."
+    p = subprocess.Popen([sys.executable, '-c', f'from sage.cli import COMMANDS; COMMANDS["data"](["check", {str(sets/"gsv")!r}])'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': str(root), 'PYTHONUNBUFFERED': '1'})
+    p.stdout.close()
+    assert p.stderr.read() == b'' and p.wait() == 128 + signal.SIGPIPE
+
+def test_more_than_there_is():
+    from sage.command import command, said
+    @command
+    def sage_try(argv): raise MemoryError('Unable to allocate 7.28 PiB')
+    assert said(sage_try) == ('sage_try: not enough memory (Unable to allocate 7.28 PiB); ask for less at a time', 2)
+
+@pytest.mark.parametrize('flag, value', [('workers', 257), ('workers', 99999999999), ('similar', 999999999999), ('places-per-batch', 900000000000000), ('labelled-places', 10**6), ('lr', 1e99), ('lr-end', 1.5), ('miner-epsilon', 1e99), ('tau2', 1e99), ('steps', 10**12), ('seed', 2**64)])
+def test_numbers_beyond_all_use(flag, value, capsys):
+    code, out, err = run('train', '--data', 'world', '--dry-run', f'--{flag}', value, capsys=capsys)
+    assert code == 2 and flag.replace('-', '_') in err and len(err.strip().splitlines()) == 1 and not out, err
+
+@pytest.mark.parametrize('argv, says', [
+    (['train', '--resume', '--run', 'RUN', '--val', 'nowhere'], '--val belongs to --data'), (['train', '--resume', '--run', 'RUN', '--format', 'gsv'], '--format belongs to --data'), (['train', '--resume', '--run', 'RUN', '--max-bad', '0%'], '--max-bad belongs to --data'),
+    (['ablate', '--dev', '--data', 'nowhere'], '--dev tries'), (['ablate', '--dev', '--val', 'nowhere'], '--dev tries'),
+    (['eval', '--data', 'world', '--checkpoint', 'world', '--backbone', 'sage_nano'], 'give one of the two'), (['eval', '--data', 'world', '--checkpoint', ''], 'is given an empty name'),
+    (['where', 'a.png', '--map', '.', '--checkpoint', 'world', '--backbone', 'sage_nano'], 'give one of the two'), (['where', 'a.png', '--map', '.', '--checkpoint', ''], 'is given an empty name'),
+    (['export', '--run', 'RUN', '--checkpoint', 'x', '--parquet', 'p.parquet'], '--checkpoint has no part'), (['export', '--checkpoint', 'x', '--run', 'RUN', '--onnx', 'p.onnx'], '--run has no part'),
+    (['export', '--run', 'RUN', '--size', '56', '--parquet', 'p.parquet'], '--size has no part'), (['export', '--run', 'RUN', '--umap', '--geojson', 'p.geojson'], '--umap has no part'), (['export', '--checkpoint', 'x', '--onnx', 'p.onnx', '--table', 'mined'], '--table has no part')])
+def test_what_would_be_ignored_is_refused(argv, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Run.create(tmp_path/'RUN', dict(settings=dict(seed=0))); Image.new('RGB', (28, 28)).save('a.png')
+    code, out, err = run(*argv, capsys=capsys)
+    assert code == 2 and says in err and len(err.strip().splitlines()) == 1, err

@@ -140,6 +140,17 @@ def test_describe_a_csv(t, capsys):
     assert run('describe', t/'list.csv', '-o', t/'d.parquet', '--size', 112, capsys=capsys)[0] == 0 and abs(pd.read_parquet(t/'d.parquet').lat[0] - 55.701) < 1e-6
 
 
+def test_a_csv_of_somebody_else_stays(t, capsys):
+    "However the way to it is written, and whether or not there is an array beside it."
+    (t/'sub').mkdir(); (t/'sub'/'list.csv').write_text('path,lat,lon,note\n../town/03.png,1.5,2.5,mine\n'); whole = (t/'sub'/'list.csv').read_bytes()
+    (t/'sub'/'list.npy').write_bytes(b'old')
+    for source, out in ((t/'sub'/'..'/'sub'/'list.csv', t/'sub'/'list.npy'), (t/'town'/'03.png', t/'sub'/'list.npy'), (t/'town'/'03.png', t/'sub'/'..'/'sub'/'list.npy')):
+        code, _, err = run('describe', source, '-o', out, '--size', 56, capsys=capsys)
+        assert code == 2 and 'would be overwritten' in err and (t/'sub'/'list.csv').read_bytes() == whole and (t/'sub'/'list.npy').read_bytes() == b'old', err
+    for _ in range(2): assert run('describe', t/'town'/'03.png', '-o', t/'sub'/'d.npy', '--size', 56, capsys=capsys)[0] == 0          # one's own is written again
+    assert len(pd.read_csv(t/'sub'/'d.csv')) == 1
+
+
 def test_npy_header_is_numpys(tmp_path):
     from sage.describe import npy_header
     for rows in (0, 7, 12_345_678):

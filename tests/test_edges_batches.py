@@ -160,7 +160,7 @@ def test_patience_counts_from_the_first_draw():
 def test_arguments_at_their_limits():
     table = make_table(image='a', city='x', place=np.repeat(np.arange(2), 4), easting=np.repeat([0., 100], 4), northing=0.)
     assert next(iter(b.CliqueBatches(table, np.eye(2), places_per_batch=1, images_per_place=1, similar=0, min_size=1))).shape == (1, 1)
-    for name, value in dict(places_per_batch=0, images_per_place=0, similar=-1, min_size=0).items():
+    for name, value in (*dict(places_per_batch=0, images_per_place=0, similar=-1, min_size=0).items(), *(('places_per_batch', v) for v in (2.5, float('nan'), float('inf'), None, '3'))):
         with pytest.raises(UserError, match=f'{name}={value} is not possible'): b.CliqueBatches(table, np.eye(2), **{name: value})
     for name in ('places_per_batch', 'images_per_place', 'similar', 'min_size'):
         with pytest.raises(UserError, match=f'{name}=1.5'): b.CliqueBatches(table, np.eye(2), **{name: 1.5})

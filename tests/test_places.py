@@ -93,3 +93,18 @@ def test_half_a_million_rows_are_quick():
     codes = place_rows(big_places(df, 4))[1]
     make_places(df.easting, df.northing)
     assert len(codes) and time.process_time() - start < 20
+
+
+@pytest.mark.parametrize('column, value, says', [('city', None, "row 1 has city 'None'; expected text"), ('image', None, "row 1 has image 'None'"), ('place', np.nan, "row 1 has place 'nan'; expected a whole number"), ('place', 1.5, "row 1 has place '1.5'"), ('place', 'x', "row 1 has place 'x'"), ('place', np.inf, "row 1 has place 'inf'")])
+def test_a_row_of_no_place_is_refused(column, value, says):
+    "Compiled code counts by these, and would write where nothing is."
+    from sage.graph import GeoSide
+    df = table()
+    df[column] = df[column].astype(object); df.loc[1, column] = value
+    for given in (df, df.infer_objects()):
+        with pytest.raises(UserError) as e: GeoSide(given)
+        assert says.replace("'None'", "'nan'") in str(e.value).replace("'None'", "'nan'"), str(e.value)
+
+def test_whole_places_of_another_type_are_taken():
+    df = table()
+    for kind in ('float64', 'Int64', 'int32', 'uint8'): assert check_table(df.assign(place=df.place.astype(kind))) is not None

@@ -2,6 +2,7 @@
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from sage.core import UserError
+from sage.places import make_table
 from sage.retrieval import apply_pca, fit_pca, positives_within, recall_at_k, recall_from_ranks, search
 
 def plain_search(q, x, k):
@@ -130,3 +131,17 @@ def test_pca_against_sklearn():
 def test_as_many_components_as_there_can_be():
     x = np.random.default_rng(0).normal(size=(6, 4))
     assert fit_pca(x, 4)['components'].shape == (4, 4) and fit_pca(x[:3], 3)['components'].shape == (3, 4)
+
+
+def test_row_numbers_are_whole():
+    "A mask is no list of rows, and 0.9 is no row."
+    d = np.eye(4, dtype=np.float32)
+    for bad in ([np.array([True, False, False, False]), [0]], [[0.9], [1]], [['0'], [1]]):
+        with pytest.raises(UserError, match='give row numbers'): recall_at_k(d[:2], d, bad)
+    assert recall_at_k(d[:2], d, [{0}, np.zeros(0)], (1,)) == {1: 100.}
+    for k in (2.5, '3', None):
+        with pytest.raises(UserError, match='whole number of neighbours'): search(d, d, k)
+
+def test_a_zone_that_is_none_is_unknown():
+    a, b = (make_table(image=[x], easting=0., northing=0., city='x') for x in 'ab')
+    for q, d in ((a.assign(zone=None), b), (a, b.assign(zone=None)), (a.assign(zone=np.nan), b.assign(zone=None))): assert positives_within(q, d)[0].tolist() == [0]
