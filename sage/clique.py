@@ -71,7 +71,8 @@ def greedy_clique(
 @jit
 def _adjacency(nodes, local, indptr, indices):
     "Who is joined to whom among `nodes`, as bits [n, W]; `local` numbers them and is -1 elsewhere."
-    out, ahead = np.zeros((len(nodes), (len(nodes) + 63)//64), np.uint64), 0
+    out = np.zeros((len(nodes), (len(nodes) + 63)//64), np.uint64)
+    ahead = 0
     for v in nodes: ahead += indices[indptr[v]] if indptr[v] < indptr[v+1] else 0         # asks memory for all rows at once: in a large city, half of the time was waiting for one after another
     if ahead < 0: return out                                                              # (never; without a use of the sum a compiler leaves it out)
     for i, v in enumerate(nodes):

@@ -127,3 +127,11 @@ def test_version_is_said_once():
     from env import settings
     import sage
     assert sage.__version__ == settings()['version']
+
+
+def test_explained_mutants_are_mutants(root):
+    "A line that has changed since may be killed by now, or may need another reason."
+    import importlib.util
+    spec = importlib.util.spec_from_file_location('mutate', root/'tools'/'mutate.py'); tool = importlib.util.module_from_spec(spec); spec.loader.exec_module(tool)
+    every = {(name, *found[1:3]) for name in tool.MODULES for found in tool.mutants((root/'sage'/f'{name}.py').read_text())}
+    assert tool.explained() and not set(tool.explained()) - every
