@@ -64,7 +64,7 @@ def greedy_clique(
 ) -> np.ndarray: # node indices in the order taken [k], the anchor first
     "Anchor = argmax S; then the node with the highest mean affinity to the members, k in all; ties to the lower index (METHOD §5). Raises `UserError` for fewer than `k` nodes."
     W = _weights(weights)
-    if int(k) != k or not 1 <= k <= len(W): raise UserError(f'cannot take {k} of {len(W)} nodes; k must be 1 to {len(W)}')
+    if not isinstance(k, (int, np.integer)) or not 1 <= k <= len(W): raise UserError(f'cannot take {k} of {len(W)} nodes; k must be 1 to {len(W)}')
     return greedy(W, int(k))
 
 # %% ../nbs/21_clique.ipynb #cb56c592

@@ -99,8 +99,10 @@ def to_latlon(
     northing, # metres [N]
     zone,     # e.g. '33N'
 ) -> tuple: # (lat [N], lon [N]) in degrees
-    "Back to degrees. Raises `UserError` for an unknown zone."
-    lon, lat = _projection(zone)(np.asarray(easting, dtype=float), np.asarray(northing, dtype=float), inverse=True)
+    "Back to degrees. Raises `UserError` for an unknown zone, or unequal lengths."
+    easting, northing = np.asarray(easting, dtype=float), np.asarray(northing, dtype=float)
+    if easting.shape != northing.shape: raise UserError(f'{easting.size} eastings but {northing.size} northings; give one of each for every position')
+    lon, lat = _projection(zone)(easting, northing, inverse=True)
     return np.asarray(lat), np.asarray(lon)
 
 # %% ../nbs/01_geo.ipynb #47837621

@@ -204,7 +204,7 @@ def check_descriptors(
 ) -> tuple: # (float32 or float16 as given [n, D], squared lengths float64 [n])
     "Raise `UserError` unless there is one finite descriptor for each of `n`."
     F = np.asarray(descriptors)
-    if F.ndim != 2 or len(F) != n: raise UserError(f'descriptors have shape {list(F.shape)}; expected one row for each of the {n} {what}s [{n}, D]')
+    if F.ndim != 2 or len(F) != n or not F.shape[1]: raise UserError(f'descriptors have shape {list(F.shape)}; expected one row for each of the {n} {what}s [{n}, D]')
     F = np.ascontiguousarray(F if F.dtype in (np.float32, np.float16) else F.astype(np.float32))
     squares = squared_lengths(as_bits(F))
     bad = ~np.isfinite(squares)

@@ -18,10 +18,11 @@ from .geo import radius_neighbors, to_latlon, to_utm
 
 # %% ../nbs/31_retrieval.ipynb #fc22227d
 def check_descriptors(
-    x,            # descriptors [N, D], any float type, array or memory-map
+    x,            # descriptors [N, D], any float type, array, memory-map or tensor
     name:str,     # what they are, for the message
 ) -> np.ndarray:  # the same, not copied
     "Raises UserError unless `x` is two-dimensional, not empty and floating."
+    if hasattr(x, 'detach'): x = (x.float() if str(x.dtype) == 'torch.bfloat16' else x).detach().cpu().numpy()      # a tensor; NumPy has no bfloat16
     x = np.asanyarray(x)
     if x.ndim != 2 or 0 in x.shape: raise UserError(f'{name}: descriptors must be a table [images, numbers], this one has shape {list(x.shape)}')
     if x.dtype.kind != 'f': raise UserError(f'{name}: descriptors must be floating numbers, not {x.dtype}')

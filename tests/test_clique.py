@@ -192,3 +192,7 @@ def test_how_many_numbers_a_list_may_have():
         g = nx.disjoint_union_all([nx.complete_graph(2)]*pairs + [nx.complete_graph(3)]*triangles)
         sets, cut = sage.clique._listed(adjacency(g), 2, 1)
         assert cut == crowded and len(sets) == pairs + triangles                      # one of each lowest member is listed in any case
+
+@pytest.mark.parametrize('k', [float('nan'), float('inf'), 2.5, None, '2', 0, 4])
+def test_a_number_of_nodes_that_is_none(k):
+    with pytest.raises(UserError, match=f'cannot take {k} of 3 nodes'): greedy_clique(-np.ones((3, 3)), k)

@@ -143,3 +143,6 @@ def test_nothing_has_no_neighbours():
     for queries in (None, np.zeros((3, 2))):
         n = radius_neighbors(np.zeros((0, 2)), 25., queries)
         assert len(n.indices) == 0 and len(n.distances) == 0 and n.indptr.tolist() == [0] * (1 if queries is None else 4)
+
+def test_unequal_lengths():
+    with pytest.raises(UserError, match='2 eastings but 3 northings'): to_latlon([5e5, 5e5], [0., 1., 2.], '33N')

@@ -183,3 +183,7 @@ def test_duplicate_descriptors():
     assert (edges.src != edges.dst).all() and (edges.d_vis == 0).all() and (edges.affinity == 0).all()
     degree = np.bincount(np.r_[edges.src, edges.dst], minlength=len(g.places))
     assert (degree >= 5).all()
+
+def test_descriptors_of_no_numbers():
+    geo = GeoSide(make_table(image=list('ab'), easting=[0., 50], northing=0., city='x', place=[0, 1]))
+    with pytest.raises(UserError, match=r'shape \[2, 0\]'): epoch_graph(geo, np.zeros((2, 0), np.float32))

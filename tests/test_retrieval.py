@@ -145,3 +145,11 @@ def test_row_numbers_are_whole():
 def test_a_zone_that_is_none_is_unknown():
     a, b = (make_table(image=[x], easting=0., northing=0., city='x') for x in 'ab')
     for q, d in ((a.assign(zone=None), b), (a, b.assign(zone=None)), (a.assign(zone=np.nan), b.assign(zone=None))): assert positives_within(q, d)[0].tolist() == [0]
+
+def test_tensors_are_descriptors():
+    "Also those that NumPy cannot take as they are."
+    import torch
+    d = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    want = search(d.numpy(), d.numpy(), 3)[1]
+    for t in (d, d.clone().requires_grad_(), d.double()): assert (search(t, t, 3)[1] == want).all()
+    low = d.bfloat16(); assert (search(low, low, 3)[1] == search(low.float().numpy(), low.float().numpy(), 3)[1]).all()
