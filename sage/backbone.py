@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NANO', 'OFFLINE', 'nano_vit', 'resample_positions', 'check_vit', 'Backbone', 'cast_weights', 'check_images',
            'read_tensors', 'tensors_only', 'weights_folder', 'file_sha256', 'pack_weights', 'packaged_file',
-           'pack_nano', 'packaged_nano', 'hub_reachable', 'explain_mismatch', 'make_vit', 'fingerprint']
+           'pack_nano', 'packaged_nano', 'hub_reachable', 'some_of', 'explain_mismatch', 'make_vit', 'fingerprint']
 
 # %% ../nbs/11_backbone.ipynb #4a1547fd
 import hashlib, pickle, struct, textwrap, urllib.error, urllib.request
@@ -287,14 +287,22 @@ def _load_strictly(vit, state, source):
     vit.load_state_dict(state)
     return vit
 
+def some_of(
+    names:set, # of tensors; somebody else may have chosen them
+    most=60,   # to tell
+) -> str:
+    "Names for a message."
+    more = f' and {len(names) - most:,} more' if len(names) > most else ''
+    return ', '.join(n if len(n) <= 100 else f'{n[:100]}…' for n in sorted(names)[:most]) + more
+
 def explain_mismatch(
     want:dict, # name → shape of the model
     got:dict, # name → shape of the checkpoint
     source='the checkpoint', # for the message
 ):
-    "UserError listing the keys that are missing, left over or of another shape."
+    "UserError listing the keys that are missing, left over or of another shape, 60 of each at most."
     parts = {'missing': set(want) - set(got), 'left over': set(got) - set(want), 'of another shape': {k for k in set(want) & set(got) if tuple(want[k]) != tuple(got[k])}}
-    if any(parts.values()): raise UserError(f'{source} does not fit the model: ' + '; '.join(f'{what}: {", ".join(sorted(keys))}' for what, keys in parts.items() if keys))
+    if any(parts.values()): raise UserError(f'{source} does not fit the model: ' + '; '.join(f'{what}: {some_of(keys)}' for what, keys in parts.items() if keys))
 
 # %% ../nbs/11_backbone.ipynb #d60f0d00
 OFFLINE = "use pretrained=False (random weights), pretrained='FILE' (a local checkpoint), or the backbone 'sage_nano' (weights in the package)"

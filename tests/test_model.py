@@ -541,6 +541,13 @@ def test_official_of_another_shape_is_one_sentence(key):
         with pytest.raises(UserError, match=key.replace('.', r'\.')): load_official(official() | {key: value}, num_heads=2)
 
 
+def test_a_checkpoint_of_thousands_of_other_names_is_told_shortly():
+    "A block numbered 999 asks for a thousand blocks, and a name may be as long as a file."
+    sd = official(); many = {f'backbone.model.blocks.999.{k}': torch.zeros(1) for k in ('norm1.weight', 'x'*10**6)}
+    with pytest.raises(UserError) as e: load_official(sd | many, num_heads=2)
+    assert len(str(e.value)) < 20_000 and ' more' in str(e.value) and 'missing: ' in str(e.value)
+
+
 def test_official_named_twice():
     sd = official()
     with pytest.raises(UserError, match='twice'): load_official({**sd, **{f'module.{k}': v for k, v in sd.items()}}, num_heads=2)

@@ -1,5 +1,5 @@
 """Bytes that nobody meant: whatever is read gives a result or one sentence. `make torture` runs more than 100,000 cases, a plain run some thousand."""
-import bz2, gzip, json, lzma, os, resource, signal, struct, zipfile
+import copy, bz2, gzip, json, lzma, os, resource, signal, struct, zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def damaged(draw, whole):
 
 
 NASTY = [None, True, False, 0, -1, 1, 2, 3, 192, 10**7, 10**12, 2**63, 10**400, .5, -.5, 1e308, float('nan'), float('inf'), '', 'x', 'all', 'sage_nano', 'hf-hub:x/y', 'local-dir:/tmp', '../x', 'resnet18', 'vit_tiny_patch16_224', [], {}, [1], {'foo': 1}, {'sizes': 5}, [None]*3]
-anything = st.recursive(st.one_of(st.sampled_from(NASTY), st.text(max_size=4), st.integers(-5, 100)), lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=4), inner, max_size=4)), max_leaves=8)
+anything = st.recursive(st.one_of(st.sampled_from(NASTY).map(copy.deepcopy), st.text(max_size=4), st.integers(-5, 100)), lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=4), inner, max_size=4)), max_leaves=8)
 
 @st.composite
 def otherwise(draw, whole, among=anything):
