@@ -187,3 +187,25 @@ def test_a_table_of_the_members():
 def test_six_strategies():
     "With the graph or without, with the epoch's descriptors or the first, and how members are taken."
     assert {k: tuple(v) for k, v in b.STRATEGIES.items()} == dict(random=(False, False, 0), static=(True, False, 0), ogc=(True, True, 0), gws=(True, False, 1), sage=(True, True, 1), diverse=(True, True, -1))
+
+def test_products_are_made_in_pieces_that_fit(monkeypatch):
+    "Never more than MOST of them at once, and the same draws in however many pieces."
+    n = 40
+    table = make_table(image='a', city='x', place=np.arange(n), easting=np.arange(n)*100., northing=0.)
+    geo, F, products, sizes = b.GeoSide(table), np.random.default_rng(0).normal(size=(n, 8)).astype(np.float32), b._products, []
+    draw = lambda: b.draw_places(geo, F, (F.astype(float)**2).sum(1), np.random.default_rng(1), similar=5, count=64)
+    whole = draw()
+    monkeypatch.setattr(b, '_products', lambda F, first, last, seeds, dtype: (sizes.append(len(seeds)*(last - first)), products(F, first, last, seeds, dtype))[1])
+    for most, pieces in ((64*n, 1), (32*n, 2), (10*n, 7), (n, 64)):
+        monkeypatch.setattr(b, 'MOST', most); sizes.clear()
+        assert (draw() == whole).all() and len(sizes) == pieces and max(sizes) <= most
+
+def test_a_hopeless_batch_is_given_up_after_five_beginnings():
+    table = make_table(image='a', city='x', place=np.repeat([0, 1], 4), easting=np.repeat([0., 200], 4), northing=0.)
+    with pytest.raises(UserError, match='only 2 of the 30 places of a batch could be filled in 5 attempts'): next(iter(b.CliqueBatches(table, strategy='random')))
+
+def test_a_place_that_is_drawn_gives_one_group():
+    "Whatever else of it lies elsewhere: the next group is of another place."
+    table = make_table(image='a', city='x', place=np.repeat([0, 1], 8), easting=np.repeat([0., 100, 300, 400], 4), northing=0.)
+    batches = iter(b.CliqueBatches(table, strategy='random', places_per_batch=2, min_size=4))
+    for _ in range(40): assert sorted(table.place[next(batches)[:, 0]]) == [0, 1]
