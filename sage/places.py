@@ -29,6 +29,11 @@ def fill_table(
     given = {c: columns.get(c, _UNKNOWN.get(c, '' if t == 'str' else np.nan)) for c, t in COLUMNS.items()}
     return pd.DataFrame({c: _column(c, v, n) for c, v in given.items()}, index=pd.RangeIndex(n))
 
+def _not_whole(values):
+    "Which of a column are no whole numbers."
+    number = pd.to_numeric(values, errors='coerce').astype('float64')
+    return ~(np.isfinite(number) & (number == number.round()))
+
 def _column(name, values, n):
     "One column as an array of its type. Raises `UserError` for a wrong length, or a value that cannot be of that type."
     kind = COLUMNS[name]
@@ -36,7 +41,7 @@ def _column(name, values, n):
     if len(values) != n: raise UserError(f'column {name!r} has {len(values)} values where {n} are needed; give one for each row')
     if kind == 'str': return values.astype(object).where(values.notna(), '').astype('str')
     number = pd.to_numeric(values, errors='coerce').astype('float64')
-    bad = number.isna() & values.notna() if kind == 'float64' else ~(np.isfinite(number) & (number == number.round()))
+    bad = number.isna() & values.notna() if kind == 'float64' else _not_whole(values)
     if bad.any(): raise UserError(f'column {name!r} row {int(bad.argmax())} is {str(values[bad.argmax()])!r}; expected a {"whole " if kind == "int64" else ""}number')
     return values.astype(kind) if kind == 'int64' and values.dtype.kind in 'iu' else number.astype(kind)
 
@@ -55,8 +60,7 @@ def check_table(
     for column in ('easting', 'northing'):
         bad = ~(np.abs(df[column].to_numpy(dtype=float)) <= FARTHEST)
         if bad.any(): raise UserError(f'{of}row {int(bad.argmax())} ({df["image"].iloc[bad.argmax()]}) has {column} {df[column].iloc[bad.argmax()]}; expected metres on the Earth: fill it in or remove the row')
-    for column in ('image', 'city', 'place'):
-        bad = df[column].isna().to_numpy() if column != 'place' or pd.api.types.is_integer_dtype(df.place) else pd.to_numeric(df.place, errors='coerce').pipe(lambda v: ~np.isfinite(v.to_numpy(float)) | (v != v.round()).to_numpy())
+    for column, bad in (('image', df.image.isna()), ('city', df.city.isna()), ('place', _not_whole(df.place))):
         if bad.any(): raise UserError(f'{of}row {int(bad.argmax())} has {column} {str(df[column].iloc[bad.argmax()])!r}; expected {"a whole number" if column == "place" else "text"}: fill it in or remove the row')
     for column, known in (('role', ROLES), ('split', SPLITS)):
         bad = ~df[column].isin(known).to_numpy()
