@@ -55,26 +55,18 @@ def geo_cliques(
     return [cliques.row(i) for i in range(len(cliques.indptr) - 1)]
 
 # %% ../nbs/20_graph.ipynb #0a29cfe2
-@jit
-def _order(city, square, i, c, x, y):
-    "-1, 0 or 1: image `i` stands before, in or after square (x, y) of city `c`."
-    if city[i] != c: return -1 if city[i] < c else 1
-    if square[i, 0] != x: return -1 if square[i, 0] < x else 1
-    return 0 if square[i, 1] == y else -1 if square[i, 1] < y else 1
+def _closed_up(x):
+    "Whole numbers as int64 from 0, in their order, with every gap made 2 at most: what is next to each other stays so, and what is not does not become so."
+    values, where = np.unique(x, return_inverse=True)
+    return np.concatenate([[0], np.minimum(np.diff(values), 2).cumsum()])[where]
 
-@jit
-def _stretches(city, square):
-    "For images sorted by city and square: where the candidates of each begin and end, in three columns, int32 [N, 3, 2]."
-    n = len(city)
-    out = np.empty((n, 3, 2), np.int32)
-    for column in range(3):
-        a = b = 0
-        for i in range(n):
-            c, x, y = city[i], square[i, 0] + column - 1, square[i, 1]
-            while a < n and _order(city, square, a, c, x, y - 1) < 0: a += 1
-            while b < n and _order(city, square, b, c, x, y + 1) <= 0: b += 1
-            out[i, column, 0], out[i, column, 1] = max(a, out[i, column-1, 1]) if column else a, b    # (at 10¹⁵ m and beyond, columns overlap)
-    return out
+def _squares(xy, city, side):
+    "(the number of the square of `side` metres that each image stands in, the height of a column). An empty square tops each column, an empty column ends each city."
+    x, y = np.floor(xy.T/side)
+    x, y = x - x.min(), y - y.min()
+    if (city.max() + 1)*(x.max() + 2)*(y.max() + 2) >= 2.**62: x, y = _closed_up(x), _closed_up(y)
+    width, height = int(x.max()) + 2, int(y.max()) + 2
+    return (city*width + x.astype(np.int64))*height + y.astype(np.int64), height
 
 @jit
 def _is_near(dx, dy, radius):
@@ -84,32 +76,30 @@ def _is_near(dx, dy, radius):
 
 # %% ../nbs/20_graph.ipynb #f85d7b34
 @jit
-def _walk(xy, order, stretches, radius):
-    "Neighbours as compressed sparse rows (indptr, indices), rows sorted. xy and stretches are in sorted order; `order` says which image each is."
-    n, used = len(xy), 0
-    start, found, indptr = np.zeros(n + 1, np.int64), np.empty(16*n, np.int32), np.zeros(n + 1, np.int64)
+def _walk(xy, square, order, height, radius, found, start, indptr):
+    "Everybody's neighbours, in rising order; those of the p-th stand in what is returned (`found`, or what it has grown to) from start[p] to start[p+1]. xy and square are in sorted order, `order` says which image each is; indptr says where the rows begin once they stand in the order of images."
+    n, used, begin, end = len(xy), 0, np.zeros(3, np.int64), np.zeros(3, np.int64)
+    start[0] = indptr[0] = 0
     for p in range(n):
         for column in range(3):
-            for q in range(stretches[p, column, 0], stretches[p, column, 1]):
+            middle = square[p] + (column - 1)*height
+            while begin[column] < n and square[begin[column]] < middle - 1: begin[column] += 1
+            while end[column] < n and square[end[column]] <= middle + 1: end[column] += 1
+            for q in range(begin[column], end[column]):
                 if q == p or not _is_near(xy[p, 0] - xy[q, 0], xy[p, 1] - xy[q, 1], radius): continue
                 if used == len(found): found = grown(found)
                 found[used] = order[q]; used += 1
         start[p+1], indptr[order[p]+1] = used, used - start[p]
         found[start[p]:used].sort()
     for v in range(n): indptr[v+1] += indptr[v]
-    indices = np.empty(used, np.int32)
-    for p in range(n):
+    return found
+
+@jit
+def _lay(found, start, order, indptr, indices):
+    "The rows of `_walk` in the order of images, into `indices`."
+    for p in range(len(order)):
         a = indptr[order[p]] - start[p]
         for e in range(start[p], start[p+1]): indices[a+e] = found[e]
-    return indptr, indices
-
-def _by_square(city, square):
-    "The order of images by city and square, in one number where it fits: sorting by three takes nearly three times as long."
-    if not len(city): return np.zeros(0, np.int64)
-    low, wide = square.min(0), square.max(0) - square.min(0) + 1
-    if not (city.max() + 1.)*wide[0]*wide[1] < 2.**62: return np.lexsort((square[:, 1], square[:, 0], city))
-    x, y = (square - low).astype(np.int64).T
-    return np.argsort((city*int(wide[0]) + x)*int(wide[1]) + y)
 
 def city_neighbors(
     xy,     # positions in metres [N, 2]
@@ -118,9 +108,15 @@ def city_neighbors(
 ) -> Rows: # row i: those less than `radius` from i in the same city, in rising order
     "Neighbours within the same city, in rows of the whole. Raises `UserError` for a radius not above 0."
     if not (np.isfinite(radius) and radius > 0): raise UserError(f'radius {radius} is not a distance; give metres above 0')
-    square = np.floor(xy/(radius*(1 + 1e-9)))
-    order = _by_square(np.asarray(city, np.int64), square)
-    return Rows(*_walk(xy[order], order, _stretches(city[order], square[order]), float(radius)))
+    n = len(xy)
+    if not n: return Rows(np.zeros(1, np.int64), np.zeros(0, np.int32))
+    square, height = _squares(xy, np.asarray(city, np.int64), radius*(1 + 1e-9))
+    order = np.argsort(square)
+    found, start, indptr = np.empty(32*n, np.int32), np.empty(n + 1, np.int64), np.empty(n + 1, np.int64)   # NumPy's memory: its pages are large, and not there until they are written
+    found = _walk(xy[order], square[order], order, height, float(radius), found, start, indptr)
+    indices = np.empty(indptr[-1], np.int32)
+    _lay(found, start, order, indptr, indices)
+    return Rows(indptr, indices)
 
 # %% ../nbs/20_graph.ipynb #4dcde340
 @jit

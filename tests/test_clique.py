@@ -122,6 +122,21 @@ def test_the_choice_is_uniform():
     both = [tuple(s[0] // 10 for s in take(geo, [0, 1, 2, 3], end=2, seed=s)[0]) for s in range(2400)]
     assert len(set(both)) == 12 and all(a != b for a, b in both)
 
+def spots(*of):
+    "The geography of [number of images, easting, northing] at each spot, a place each."
+    return GeoSide(make_table(image='a', city='x', place=np.repeat(np.arange(len(of)), [n for n, *_ in of]), easting=np.repeat([float(x) for _, x, _ in of], [n for n, *_ in of]), northing=np.repeat([float(y) for *_, y in of], [n for n, *_ in of])))
+
+def test_two_cliques_that_became_one_count_once():
+    "Place 0 with 1 and with 2 are two cliques, until the large one (3 and 4) takes these away."
+    geo = spots((4, 0, -12), (1, 20, 0), (1, -20, 0), (1, 0, 14), (10, 0, 30), (4, 900, 0))
+    found = [take(geo, np.arange(6), end=2, seed=s)[0] for s in range(800)]
+    assert all(large == list(range(6, 17)) for large, _ in found)
+    assert abs(sum(second == [0, 1, 2, 3] for _, second in found) - 400) < 57        # four standard deviations
+
+def test_near_an_image_that_was_not_drawn():
+    "The first neighbour of everybody drawn is image 0."
+    assert take(spots((1, 0, 0), (4, 5, 0)), [1])[0] == [[1, 2, 3, 4]]
+
 def test_limits_of_a_draw():
     geo = GeoSide(town(3))
     slots, counts, _ = take(geo, np.arange(len(geo.places)), end=2)
