@@ -7,7 +7,7 @@ from sage.clique import ground, random_float, take_cliques
 from sage.geo import radius_neighbors, to_utm
 from sage.graph import TAU2, GeoSide, alike_pairs, city_neighbors, cut_edges, distance, epoch_graph, geo_cliques, number, squared_distance, squared_lengths, typical_norm
 from sage.places import make_table
-from sage.retrieval import Recall, apply_pca, check_descriptors, check_finite, chunks, fit_pca, move, pca_solver, positives_within, search, zones_touch
+from sage.retrieval import Recall, apply_pca, check_descriptors, check_finite, chunks, fit_pca, in_threads, move, pca_solver, positives_within, search, zones_touch
 
 
 # ---- geo
@@ -243,8 +243,24 @@ def test_recall_says_how_many():
         with pytest.raises(UserError, match='one list for each query'): r.recall_from_ranks(ranks, positives)
     with pytest.raises(UserError, match='2 lists of positives for 1 queries'): r.recall_at_k(np.eye(2)[:1], np.eye(2), [[0], [1]])
 
+@pytest.mark.parametrize('threads', [1, 2, 3])
+def test_as_many_parts_as_threads(threads):
+    "Parts are worked on at the same time, and together they are everything."
+    import faiss, threading
+    before, meet = faiss.omp_get_max_threads(), threading.Barrier(threads)
+    def part(s): meet.wait(10); return list(range(100))[s]
+    try:
+        faiss.omp_set_num_threads(threads)
+        parts = in_threads(part, 100)
+        assert len(parts) == threads and sum(parts, []) == list(range(100))
+        assert in_threads(lambda s: s, 1) == [slice(0, 1)] and in_threads(lambda s: s, 0) == []
+    finally: faiss.omp_set_num_threads(before)
+
+def test_all_equal_is_a_tie():
+    assert search(np.zeros((3, 4), np.float32), np.zeros((200, 4), np.float32), 5)[1].tolist() == [[0, 1, 2, 3, 4]]*3
+
 def test_how_components_are_found():
-    assert pca_solver(501, 600, 125) == 'randomized' and pca_solver(501, 600, 126) == 'full' and pca_solver(500, 600, 2) == 'full'
+    assert pca_solver(501, 600, 125) == pca_solver(504, 600, 126) == 'randomized' and pca_solver(501, 600, 126) == 'full' and pca_solver(500, 600, 2) == 'full'
     assert pca_solver(600, 501, 125) == 'randomized' and pca_solver(600, 500, 2) == 'covariance_eigh' and pca_solver(5, 5, 1) == 'full' and pca_solver(6, 5, 1) == 'covariance_eigh'
 
 def test_components_by_hand():
