@@ -85,6 +85,7 @@ def sage_train(argv):
     if not args.data and not args.resume: raise UserError('--data is missing: give a data set, or world')
     me = told()
     settings = settings_from(args, **base_settings(args) | (dict(devices=me['here'], num_nodes=me['size'] // me['here']) if me['size'] > 1 else {}))
+    if settings.labelled_places and len(args.data or ()) == 1: raise UserError('--labelled-places is for a second --data, which goes by its labels; leave it out, or give both')
     if args.dry_run: return print(memory_report(settings, max(1, len(args.data or ()))))
     folder = new_run(args.run or f'runs/{settings.strategy}-{settings.seed}', args.resume or me['rank'] > 0)
     if settings.devices * settings.num_nodes > 1 and me['size'] == 1:
@@ -145,7 +146,7 @@ def eval_parser():
     p.add_argument('--search-costs', action='store_true', help='also what float16 and IVF-PQ save and cost')
     p.add_argument('--head', action='store_true', help='run InteractHead across the images of a batch: descriptors then depend on batch and order')
     p.add_argument('--order', choices=('sorted', 'shuffled'), default='sorted', help='order in which images are batched')
-    p.add_argument('--seed', type=int, default=0, help='of the shuffle')
+    p.add_argument('--seed', type=whole(0), metavar='N', help='of the shuffle (default 0)')
     p.add_argument('--audit', action='store_true', help='measure what batch size and order do to a model with InteractHead')
     p.add_argument('--baselines', action='store_true', help='also the frozen backbone: mean-pooled and class token')
     p.add_argument('--workers', type=whole(0, 256), default=-1, metavar='N', help='processes that decode; unless given none beside a CPU, a share of the processors beside a GPU')
@@ -164,6 +165,8 @@ def check_flags(args):
     if args.memory and args.search != 'exact': raise UserError('--memory: the search in pieces is exact; leave out --search, or --memory')
     rule = next((f for f in ('frames', 'radius') if getattr(args, f) is not None), None)
     if rule and args.benchmark and not args.data: raise UserError(f'--{rule}: a benchmark has its own rule; leave it out, or name the folder with --data')
+    if args.data_root and not args.benchmark: raise UserError('--data-root holds the benchmarks; name them with --benchmark, or leave it out')
+    if args.seed is not None and args.order != 'shuffled': raise UserError('--seed is that of the shuffle; give --order shuffled, or leave it out')
     check_scan(args)
     if args.audit and args.batch_size: raise UserError('--batch-size: the audit has its own batch sizes; leave one of the two out')
 
@@ -203,7 +206,7 @@ def measure(model, name, protocol, e, args, precision, how): # results of one se
     parts = (e.database, e.queries, e.positives)
     raw = raw_baselines(model, *parts, name=protocol.title, positive=protocol.positive, batch_size=args.batch_size or 32, **how) if args.baselines else []
     batch = args.batch_size or (protocol.batch if args.head else 32)
-    return [*raw, evaluate(model, *parts, batch_size=batch, head=args.head, order=args.order, seed=args.seed, name=protocol.title, positive=protocol.positive, label=name,
+    return [*raw, evaluate(model, *parts, batch_size=batch, head=args.head, order=args.order, seed=args.seed or 0, name=protocol.title, positive=protocol.positive, label=name,
                            notes=e.notes, precision=precision, memory=args.memory, costs=args.search_costs, by=args.search, **how)]
 
 def show_audit(model, protocol, e, how, out):
@@ -263,7 +266,7 @@ def sage_ablate(argv):
     p.add_argument('--dev', action='store_true', help='one step on the smallest world, to try the command')
     max_bad_flag(p)
     p.add_argument('--quiet', action='store_true', help='no bars')
-    add_settings(p, skip=('strategy', 'alpha', 'seed', 'record_graph'))
+    add_settings(p, skip=('strategy', 'alpha', 'seed', 'record_graph', 'labelled_places'))
     args = p.parse_args(argv)
     if args.dev and (args.data != 'world' or args.val): raise UserError('--dev tries the command on the smallest world; leave out --data and --val, or --dev')
     settings = settings_from(args, **(WORLD if args.data == 'world' else {}) | (DEV if args.dev else {}))

@@ -369,6 +369,7 @@ def test_numbers_beyond_all_use(flag, value, capsys):
     assert code == 2 and flag.replace('-', '_') in err and len(err.strip().splitlines()) == 1 and not out, err
 
 @pytest.mark.parametrize('argv, says', [
+    (['train', '--data', 'world', '--labelled-places', '8'], '--labelled-places is for a second --data'), (['eval', '--data', 'world', '--seed', '3'], '--seed is that of the shuffle'), (['eval', '--data', 'world', '--data-root', 'x'], '--data-root holds the benchmarks'),
     (['train', '--resume', '--run', 'RUN', '--val', 'nowhere'], '--val belongs to --data'), (['train', '--resume', '--run', 'RUN', '--format', 'gsv'], '--format belongs to --data'), (['train', '--resume', '--run', 'RUN', '--max-bad', '0%'], '--max-bad belongs to --data'),
     (['ablate', '--dev', '--data', 'nowhere'], '--dev tries'), (['ablate', '--dev', '--val', 'nowhere'], '--dev tries'),
     (['eval', '--data', 'world', '--checkpoint', 'world', '--backbone', 'sage_nano'], 'give one of the two'), (['eval', '--data', 'world', '--checkpoint', ''], 'is given an empty name'),
