@@ -1,15 +1,16 @@
 """Describing, rebuilding the graph, loading: what each costs against the named alternative, run by turns in one process.
 
-    python bench/embedding.py [--backbone NAME] [--images 8] [--turns 3] [--only describe,rebuild,loader,decoding]
+    python bench/embedding.py [--backbone NAME] [--images 8] [--turns 3] [--only describe,rebuild,loader,decoding,compile]
 
 describe  against the published way: the whole forward in float32, attention step by step, no gradient
 rebuild   embedding of images on the disk: from pixels, and from kept tokens (sage.prefix) of the frozen blocks
 loader    JPEG files of 640 x 480: decoded, distorted and batched by one process, and how many such processes a GPU would keep busy
 decoding  from a file to a tensor: Pillow, as it is done, against torchvision's decoder and a resize of tensors, which were tried
+compile   describing through torch.compile against without it, fused attention in both; only when asked for, since compiling takes minutes
 
 Weights are random, LayerScale is set to 1 (as made it is 1e-5, and the blocks would hardly count): times do not depend on them, and rounding has something to work on.
 """
-import argparse, tempfile, time
+import argparse, copy, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -78,6 +79,25 @@ def describe(args):
         for (name, t), d in zip(seconds.items(), out):
             rows.append(dict(what='describe', side=side, images=len(images), way=name, images_per_s=len(images) / t, ratio=seconds[next(iter(ways))] / t, ratio_cpu=cpu[next(iter(ways))] / cpu[name], least_cosine=(d * exact).sum(1).min().item(), cosine_between_images=between.max().item()))
             print('describe {side}²  {way:<40} {ratio:5.2f}× (CPU time {ratio_cpu:.2f}×)  least cosine {least_cosine:.5f} (different images {cosine_between_images:.5f})'.format(**rows[-1]), flush=True)
+    return rows
+
+
+def compiled(args):
+    "torch.compile of blocks and pooling; how long compiling took, and after how many images it has paid."
+    plain, rows = model_for(args.backbone), []
+    plain.backbone.fuse(True)
+    images = torch.stack([eval_transform(args.sides[0])(Image.open(p)) for p in args.photos.image[:args.images]])
+    for precision in ('32-true', 'bf16-mixed')[:1 + args.bf16]:
+        torch._dynamo.reset()
+        model = copy.deepcopy(plain)
+        model.backbone.prefix, model.backbone.suffix, model.probing = (torch.compile(f) for f in (model.backbone.prefix, model.backbone.suffix, model.probing))
+        def run(m):
+            with autocast('cpu', precision): return m.describe(images)
+        start = time.perf_counter(); cosine = (run(model)*run(plain)).sum(1).min().item(); took = time.perf_counter() - start
+        seconds, cpu = by_turns({'plain': lambda: run(plain), 'torch.compile': lambda: run(model)}, args.turns)
+        saved = (seconds['plain'] - seconds['torch.compile'])/len(images)
+        rows.append(dict(what='compile', side=args.sides[0], precision=precision, ratio=seconds['plain']/seconds['torch.compile'], ratio_cpu=cpu['plain']/cpu['torch.compile'], compiling_s=took, paid_after_images=took/saved if saved > 0 else None, least_cosine=cosine))
+        print('compile {side}² {precision:<11} {ratio:5.2f}× (CPU time {ratio_cpu:.2f}×)  {compiling_s:.0f} s for the first batch  least cosine {least_cosine:.5f}'.format(**rows[-1]) + (f'; paid after {rows[-1]["paid_after_images"]:,.0f} images' if saved > 0 else ''), flush=True)
     return rows
 
 
@@ -158,7 +178,7 @@ def main():
     print({**machine(), 'torch_threads': torch.get_num_threads()})
     with tempfile.TemporaryDirectory() as folder:
         args.photos = photographs(folder, max(32, 2 * args.images), args.seed)
-        rows = [row for part in args.only.split(',') for row in dict(describe=describe, rebuild=rebuild, loader=loader, decoding=decoding)[part](args)]
+        rows = [row for part in args.only.split(',') for row in dict(describe=describe, rebuild=rebuild, loader=loader, decoding=decoding, compile=compiled)[part](args)]
     keep('embedding', args, rows, ('torch', 'torchvision', 'timm', 'numpy', 'pillow'))
 
 

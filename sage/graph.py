@@ -78,7 +78,7 @@ def _is_near(dx, dy, radius):
 @jit
 def _walk(xy, square, order, height, radius, found, start, indptr):
     "Everybody's neighbours, in rising order; those of the p-th stand in what is returned (`found`, or what it has grown to) from start[p] to start[p+1]. xy and square are in sorted order, `order` says which image each is; indptr says where the rows begin once they stand in the order of images."
-    n, used, begin, end = len(xy), 0, np.zeros(3, np.int64), np.zeros(3, np.int64)
+    n, used, (begin, end) = len(xy), 0, np.zeros((2, 3), np.int64)
     start[0] = indptr[0] = 0
     for p in range(n):
         for column in range(3):
@@ -140,7 +140,7 @@ class GeoSide:
         self.place_rows = Rows(*_images_of(self.codes, len(self.places)))   # place -> its images
         self.xy = df[['easting', 'northing']].to_numpy(float)
         self.centers = np.stack([np.bincount(self.codes, x) for x in self.xy.T], 1)/self.place_rows.counts[:, None]
-        self.place_city, self.cities = pd.factorize(self.places.city.to_numpy(dtype=object), sort=True)
+        self.place_city, self.cities = pd.factorize(self.places.city.to_numpy(dtype=object))                              # places stand city by city, sorted
         self.city_start = np.searchsorted(self.place_city, np.arange(len(self.cities) + 1))  # city c: places city_start[c] to city_start[c+1]
         self.neighbors = city_neighbors(self.xy, self.place_city[self.codes], self.radius)
 
@@ -235,8 +235,9 @@ def alike_pairs(
         F, k = np.ascontiguousarray(descriptors[a:b], dtype=np.float32), min(similar + 1, b - a)
         if k < 2: continue
         found = nearest(F, int(k), device)
-        found[np.arange(b - a), np.where((found == np.arange(b - a)[:, None]).any(1), (found == np.arange(b - a)[:, None]).argmax(1), k - 1)] = -1   # without itself
-        src, dst = np.repeat(np.arange(b - a), k)[found.ravel() >= 0], found.ravel()[found.ravel() >= 0]
+        itself = found == np.arange(b - a)[:, None]
+        itself[~itself.any(1), -1] = True                 # one is not among its nearest where all of these have its very descriptor; then any may be left out
+        src, dst = np.repeat(np.arange(b - a), k - 1), found[~itself]
         pairs.append(a + np.stack([np.minimum(src, dst), np.maximum(src, dst)], 1))
     return np.unique(np.concatenate(pairs), axis=0)
 

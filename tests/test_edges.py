@@ -67,6 +67,12 @@ def test_neighbours_in_a_city_across_squares():
         with pytest.raises(UserError, match='radius'): city_neighbors(xy, np.zeros(8, int), radius)
 
 
+def test_neighbours_in_squares_that_hardly_touch():
+    "Less than 25 m apart, and if squares were a thousand millionth narrower, one would stand between them."
+    x = 25*(1 - 1.1e-9)
+    for far, near in ((25*(1 - 1e-10), [1]), (25, [])): assert city_neighbors(np.array([[x, 0], [x + far, 0]]), np.zeros(2, int), 25.).row(0).tolist() == near
+
+
 def test_a_clique_has_ten_images_unless_said_otherwise():
     assert [c.tolist() for c in geo_cliques(np.zeros((10, 2)))] == [[*range(10)]] and geo_cliques(np.zeros((9, 2))) == [] and len(geo_cliques(np.zeros((9, 2)), min_size=9)) == 1
     assert geo_cliques([[0., 0], [25, 0]], min_size=2) == [] and len(geo_cliques([[0., 0], [24.999, 0]], min_size=2)) == 1
@@ -86,6 +92,7 @@ def test_the_most_alike_of_a_city(corner):
     line = np.arange(40, dtype=np.float32)[:, None]**2                                # each place is most like those before it
     for degree in (15, 16): assert np.bincount(alike_pairs(wide, line, degree).ravel())[-1] == degree
     assert (alike_pairs(wide, line) == alike_pairs(wide, line, 15)).all()
+    assert np.bincount(epoch_graph(wide, line).edges[['src', 'dst']].to_numpy().ravel())[-1] == 15
 
 def test_an_edge_at_the_cut_is_none(corner):
     F = np.array([[1], [1], [-1], [1], [1], [1]], np.float32)                        # 5 m · 2 = 10, for descriptors of length 1
@@ -98,7 +105,7 @@ def test_a_graph_of_other_places_is_no_previous_one(corner):
     before = epoch_graph(corner, np.eye(6)).edges
     assert before.dst.max() == 5 and (epoch_graph(corner, np.eye(6), before).edges.state == 'kept').all()
     for dst in (6, 7):
-        with pytest.raises(UserError, match=f'has a node {dst}, but there are 6 places'): epoch_graph(corner, np.eye(6), before.assign(dst=dst))
+        with pytest.raises(UserError, match=f'has a node {dst}, but there are 6 places'): epoch_graph(corner, np.eye(6), before.assign(dst=[*before.dst[:-1], dst]))
     now = epoch_graph(corner, np.eye(6), before, similar=0).edges                     # all but the near edge have broken, and have numbers
     assert now.state.tolist() == ['kept'] + ['broken']*3 and now.kind.tolist() == ['near'] + ['alike']*3 and np.allclose(now.d_vis, 2**.5) and now.d_geo.tolist() == [5, 50, 90, 40]
     assert epoch_graph(corner, np.eye(6), now, similar=0).edges.state.tolist() == ['kept']
