@@ -68,6 +68,12 @@ def _squares(xy, city, side):
     width, height = int(x.max()) + 2, int(y.max()) + 2
     return (city*width + x.astype(np.int64))*height + y.astype(np.int64), height
 
+def _together(city):
+    "Beginning and end of the rows of each city, where these stand together; else of all rows at once."
+    begin = np.flatnonzero(np.diff(city, prepend=city[:1] - 1))
+    if len(set(city[begin])) < len(begin): begin = begin[:1]
+    return zip(begin, [*begin[1:], len(city)])
+
 @jit
 def _is_near(dx, dy, radius):
     "Whether a step is shorter than `radius`; the exact length is taken only where it is close."
@@ -76,10 +82,19 @@ def _is_near(dx, dy, radius):
 
 # %% ../nbs/20_graph.ipynb #f85d7b34
 @jit
-def _walk(xy, square, order, height, radius, found, start, indptr):
-    "Everybody's neighbours, in rising order; those of the p-th stand in what is returned (`found`, or what it has grown to) from start[p] to start[p+1]. xy and square are in sorted order, `order` says which image each is; indptr says where the rows begin once they stand in the order of images."
+def _sort(row):
+    "In place; nearly all are short, and for these this is the quickest way."
+    if len(row) > 64: row.sort(); return
+    for n in range(1, len(row)):
+        x, at = row[n], n
+        while at > 0 and row[at-1] > x: row[at] = row[at-1]; at -= 1
+        row[at] = x
+
+@jit
+def _walk(xy, square, order, height, radius, first, found, indptr):
+    "Everybody's neighbours, in rising order: of the p-th they stand in `found` (or what it has grown to, the first result) from start[p] (the second) to start[p+1]. xy and square are in sorted order, `order` + `first` says which image each is; indptr goes on from its first number, and says where the rows begin once they stand in the order of images."
     n, used, (begin, end) = len(xy), 0, np.zeros((2, 3), np.int64)
-    start[0] = indptr[0] = 0
+    start = np.zeros(n + 1, np.int64)
     for p in range(n):
         for column in range(3):
             middle = square[p] + (column - 1)*height
@@ -88,11 +103,11 @@ def _walk(xy, square, order, height, radius, found, start, indptr):
             for q in range(begin[column], end[column]):
                 if q == p or not _is_near(xy[p, 0] - xy[q, 0], xy[p, 1] - xy[q, 1], radius): continue
                 if used == len(found): found = grown(found)
-                found[used] = order[q]; used += 1
+                found[used] = first + order[q]; used += 1
         start[p+1], indptr[order[p]+1] = used, used - start[p]
-        found[start[p]:used].sort()
+        _sort(found[start[p]:used])
     for v in range(n): indptr[v+1] += indptr[v]
-    return found
+    return found, start
 
 @jit
 def _lay(found, start, order, indptr, indices):
@@ -108,14 +123,15 @@ def city_neighbors(
 ) -> Rows: # row i: those less than `radius` from i in the same city, in rising order
     "Neighbours within the same city, in rows of the whole. Raises `UserError` for a radius not above 0."
     if not (np.isfinite(radius) and radius > 0): raise UserError(f'radius {radius} is not a distance; give metres above 0')
-    n = len(xy)
-    if not n: return Rows(np.zeros(1, np.int64), np.zeros(0, np.int32))
-    square, height = _squares(xy, np.asarray(city, np.int64), radius*(1 + 1e-9))
-    order = np.argsort(square)
-    found, start, indptr = np.empty(32*n, np.int32), np.empty(n + 1, np.int64), np.empty(n + 1, np.int64)   # NumPy's memory: its pages are large, and not there until they are written
-    found = _walk(xy[order], square[order], order, height, float(radius), found, start, indptr)
-    indices = np.empty(indptr[-1], np.int32)
-    _lay(found, start, order, indptr, indices)
+    n, city = len(xy), np.asarray(city, np.int64)
+    indptr, indices, found = np.zeros(n + 1, np.int64), np.empty(32*n, np.int32), np.empty(1024, np.int32)   # what is not written takes no memory
+    for a, b in _together(city):
+        square, height = _squares(xy[a:b], city[a:b], radius*(1 + 1e-9))
+        order, rows = np.argsort(square), indptr[a:b+1]
+        found, start = _walk(xy[a:b][order], square[order], order, height, float(radius), a, found, rows)
+        if rows[-1] > len(indices): indices.resize(2*rows[-1], refcheck=False)
+        _lay(found, start, order, rows, indices)
+    indices.resize(indptr[-1], refcheck=False)
     return Rows(indptr, indices)
 
 # %% ../nbs/20_graph.ipynb #4dcde340

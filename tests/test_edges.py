@@ -67,6 +67,17 @@ def test_neighbours_in_a_city_across_squares():
         with pytest.raises(UserError, match='radius'): city_neighbors(xy, np.zeros(8, int), radius)
 
 
+@pytest.mark.parametrize('n', [1, 2, 64, 65, 66, 200])
+def test_everybody_at_one_spot(n):
+    "However long, rows are in rising order; city 0 stands together, city 1 does not."
+    for city in (np.repeat([0, 1], n), np.tile([0, 1], n), np.r_[np.ones(n, int), np.zeros(n, int)]):
+        near = city_neighbors(np.random.default_rng(n).uniform(0, 17, (2*n, 2)), city, 25.)
+        for i in range(2*n): assert near.row(i).tolist() == [j for j in range(2*n) if j != i and city[j] == city[i]]
+
+def test_nobody_has_no_neighbours():
+    near = city_neighbors(np.zeros((0, 2)), np.zeros(0, int), 25.)
+    assert near.indptr.tolist() == [0] and near.indices.tolist() == []
+
 def test_neighbours_in_squares_that_hardly_touch():
     "Less than 25 m apart, and if squares were a thousand millionth narrower, one would stand between them."
     x = 25*(1 - 1.1e-9)
