@@ -156,6 +156,7 @@ def test_states():
     for e in range(4):
         previous = epoch_graph(g, unit(n, seed=e//2), previous, similar=3)
         graphs.append(previous.edges)
+    assert all(e.index.equals(pd.RangeIndex(len(e))) for e in graphs)
     present = [set(zip(e.src[e.state != 'broken'], e.dst[e.state != 'broken'])) for e in graphs]
     for before, now, e in zip(present, present[1:], graphs[1:]):
         by = {s: set(zip(e.src[e.state == s], e.dst[e.state == s])) for s in ('kept', 'new', 'broken')}
