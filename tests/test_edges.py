@@ -5,6 +5,7 @@ import sage.retrieval as r
 from sage.core import UserError
 from sage.clique import ground, random_float, take_cliques
 from sage.geo import radius_neighbors, to_utm
+import sage.graph
 from sage.graph import TAU2, GeoSide, alike_pairs, city_neighbors, cut_edges, distance, epoch_graph, geo_cliques, number, squared_distance, squared_lengths, typical_norm
 from sage.places import make_table
 from sage.retrieval import Recall, apply_pca, check_descriptors, check_finite, chunks, fit_pca, in_threads, move, pca_solver, positives_within, search, zones_touch
@@ -104,6 +105,19 @@ def test_the_most_alike_of_a_city(corner):
     for degree in (15, 16): assert np.bincount(alike_pairs(wide, line, degree).ravel())[-1] == degree
     assert (alike_pairs(wide, line) == alike_pairs(wide, line, 15)).all()
     assert np.bincount(epoch_graph(wide, line).edges[['src', 'dst']].to_numpy().ravel())[-1] == 15
+
+def test_who_looks_for_the_most_alike(monkeypatch):
+    "FAISS on a CPU, products of tensors elsewhere; these in pieces of 2²⁶ numbers."
+    import torch
+    monkeypatch.setattr(sage.graph, '_nearest', lambda X, k: X.device.type)
+    F = np.arange(5, dtype=np.float32)[:, None]
+    assert sage.graph.nearest(F, 1).tolist() == [[0], [1], [2], [3], [4]] and sage.graph.nearest(F, 1, 'meta') == 'meta'
+    monkeypatch.undo()
+    pieces = []
+    def products(squares, a, b, alpha): pieces.append(len(a)); return torch.zeros(len(a), 3)
+    monkeypatch.setattr(torch, 'addmm', products)
+    sage.graph._nearest(torch.zeros(20_000, 1), 3)
+    assert pieces == [3355]*5 + [3225]
 
 def test_an_edge_at_the_cut_is_none(corner):
     F = np.array([[1], [1], [-1], [1], [1], [1]], np.float32)                        # 5 m · 2 = 10, for descriptors of length 1
