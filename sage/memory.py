@@ -110,11 +110,12 @@ def memory_report(
     n, each = settings.devices * settings.num_nodes, _images(settings, sources)
     lines = [f'a step of {" + ".join(map(str, each))} images' + (' on each device' if n > 1 else '') + f' ({device}, {pick_precision(settings.precision, device)}' + (f', {settings.chunk} images at a time' if settings.chunk else '') + '):', table.to_string(),
              f'describing {settings.embed_batch} images for the graph and for recall: {expected["describing"] / 1e9:.2f} GB']
-    return '\n'.join(lines + (on_card(settings, sources, device, expected['peak']) if device.type == 'cuda' else []))
+    return '\n'.join(lines + (on_card(settings, sources, device, expected['peak'], expected['describing']) if device.type == 'cuda' else []))
 
-def on_card(settings, sources, device, peak): # sentences
+def on_card(settings, sources, device, peak, describing): # sentences
     "Whether it fits the GPU at hand; where it does, a real step says how much it took."
     have = torch.cuda.mem_get_info(device)[0]
     if have < peak: return [f'free on {device}: {have / 1e9:.2f} GB: too little; give --chunk, for instance 30']
+    if have < describing: return [f'free on {device}: {have / 1e9:.2f} GB: too little to describe so many images at a time; give --embed-batch, for instance {max(1, settings.embed_batch//4)}']
     measured = measured_bytes(settings, sources, device)
     return [f'free on {device}: {have / 1e9:.2f} GB', f'measured: {measured / 1e9:.2f} GB (expected {peak / measured - 1:+.0%})']

@@ -59,7 +59,7 @@ class Settings:
     device:str = 'auto'              # 'cpu', 'cuda', 'cuda:1'
     devices:int = 1                  # on this machine; they share each batch
     num_nodes:int = 1                # machines
-    chunk:int = 0                    # images through the last blocks at a time in training: less memory, same loss; 0: all
+    chunk:int = 0                    # images through the last blocks at a time in training: less memory, same loss but for dropout, whose masks are others; 0: all
     workers:int = -1                 # processes that decode; never changes a result; -1: none beside a CPU, a share of the processors beside a GPU
     embed_batch:int = 64             # images at a time in mining and validation
     cache_gb:float = 0.              # gigabytes for kept tokens, of a machine's memory (each of its processes keeps its own) or of prefix_cache; 0 keeps none
