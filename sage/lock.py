@@ -26,6 +26,7 @@ def started(
     return '' if state[0] in 'ZX' else f'{Path("/proc/sys/kernel/random/boot_id").read_text().strip()} {state[19]}'
 
 def _is_there(pid): # a process of any user
+    if type(pid) is not int or pid < 1: return False
     try: os.kill(pid, 0)
     except (ProcessLookupError, OverflowError): return False
     except PermissionError: pass

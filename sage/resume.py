@@ -141,6 +141,7 @@ def last_whole(
         except UserError as e: reason = e
         print(f'{reason}; trying the epoch before', file=sys.stderr)
     if reason: raise UserError(f'{run.path}: none of its checkpoints ({", ".join(map(str, epochs))}) can be gone on from; copy the run again, or start another')
+    if max(logged, default=0) > 1: raise UserError(f'{run.path}: epochs up to {max(logged)} are recorded, but nothing in checkpoints/ is there to go on from; copy the run whole, or start another')
     return 0
 
 def last_step(

@@ -63,8 +63,11 @@ def readable(
 )->pd.DataFrame: # without images that cannot be decoded
     "Leave out what cannot be read, and say so on stderr. `UserError` where nothing is left."
     good, bad = scan_images(df, progress) if scan else (df, [])
-    not_too_many(bad, len(df), max_bad, name)
-    if bad: print(f'{name}: {len(bad):,} of {len(df):,} images cannot be read and are left out: {shown(bad)}', file=sys.stderr)
+    left = df.attrs.get('left_out', [])                                                     # photographs that the table could not take in
+    nowhere, bad, n = [x for x in left if ' position' in x[1]], bad + [x for x in left if ' position' not in x[1]], len(df) + len(left)
+    not_too_many(bad, n, max_bad, name)
+    for found, why in ((bad, 'cannot be read'), (nowhere, 'have no position')):
+        if found: print(f'{name}: {len(found):,} of {n:,} images {why} and are left out: {shown(found)}', file=sys.stderr)
     return good
 
 # %% ../nbs/45_sources.ipynb #99efdda2

@@ -1,5 +1,5 @@
 "Training end to end on a toy town: same seed same numbers, stopped and resumed, bad data, bad luck."
-import itertools, json, os, pickle, signal, subprocess, sys, threading, time, warnings
+import itertools, json, os, pickle, shutil, signal, subprocess, sys, threading, time, warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 import hypothesis, numpy as np, pandas as pd, pytest, torch
@@ -138,6 +138,13 @@ def steps_of(train, monkeypatch): # the steps that a training makes, by number
     with monkeypatch.context() as m:
         m.setattr(SageModule, 'training_step', lambda self, *a: (made.append(self.step + 1), step(self, *a))[1])
         return train(), made
+
+def test_a_run_copied_without_its_checkpoints_is_kept(whole, towns, tmp_path):
+    "What it recorded would be cut off and trained anew without a word."
+    run = tmp_path/'run'; shutil.copytree(whole.path, run); shutil.rmtree(run/'checkpoints')
+    before = (run/'metrics.jsonl').read_bytes()
+    with pytest.raises(UserError, match='epochs up to 2 are recorded, but nothing in checkpoints/ is there'): train(settings(), towns, run, labelled=True, resume=True)
+    assert (run/'metrics.jsonl').read_bytes() == before
 
 @pytest.mark.parametrize('step', [1, 3, 5, 6])
 def test_a_stopped_epoch_goes_on_with_its_next_step(whole, towns, tmp_path, step, monkeypatch):

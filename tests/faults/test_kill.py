@@ -1,5 +1,5 @@
 """Killed, asked to stop, or met by a second process: nothing is lost, and the folder is never written by two."""
-import json, os, signal, subprocess, sys, threading, time
+import json, os, platform, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import pytest
@@ -81,9 +81,9 @@ def test_another_machine_is_believed(tmp_path):
         with alone(tmp_path): pass
 
 
-@pytest.mark.parametrize('content', ['', '{', '[]', 'null', '{"pid": "x"}', '{"pid": null, "host": "a", "started": "", "since": ""}', '\0' * 50])
+@pytest.mark.parametrize('content', ['', '{', '[]', 'null', '{"pid": "x"}', '{"pid": null, "host": "a", "started": "", "since": ""}', *('{"pid": %s, "host": "HERE", "started": "", "since": ""}' % p for p in ('-1', '0', 'true')), '\0' * 50])
 def test_a_lock_that_says_nothing_is_nobodys(tmp_path, content):
-    (tmp_path/'lock.json').write_text(content)
+    (tmp_path/'lock.json').write_text(content.replace('HERE', platform.node()))
     with alone(tmp_path): assert holder(tmp_path/'lock.json')['pid'] == os.getpid()
 
 
