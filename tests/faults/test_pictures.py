@@ -186,10 +186,10 @@ def test_training_counts_what_a_table_left_out(tmp_path, capsys):
     "Files that no table could take in are unreadable images of the data set, too, or have no position; neither is lost in silence."
     from sage.sources import readable
     df = town(tmp_path/'photos', [f'{i}.jpg' for i in range(9)])
-    df.attrs['left_out'] = [('a.jpg', 'a.jpg: the file is empty'), ('b.jpg', 'b.jpg: no position in its EXIF')]
+    df.attrs['left_out'] = [('my position/a.jpg', 'my position/a.jpg: the file is empty'), ('b.jpg', 'b.jpg: no position in its EXIF')]
     assert len(readable(df, 'town', progress=False)) == 9
     err = capsys.readouterr().err
-    assert '1 of 11 images cannot be read and are left out: a.jpg' in err and '1 of 11 images have no position and are left out: b.jpg' in err
+    assert '1 of 11 images cannot be read and are left out: my position/a.jpg' in err and '1 of 11 images have no position and are left out: b.jpg' in err
     with pytest.raises(UserError, match='1 of 11 images cannot be read, more than the 1%'): readable(df, 'town', progress=False, max_bad=.01)
 
 def test_a_link_out_of_the_tree(tmp_path):
