@@ -562,14 +562,21 @@ def test_prefix_cache_may_be_added_to_a_run(towns, tmp_path):
 
 def test_weights_that_cannot_be_gone_on_from_are_not_deleted(towns, tmp_path):
     "States (*.resume.safetensors) that were not copied, or removed to save room."
-    run = train(settings(), towns, tmp_path/'run')
-    for p in (run.path/'checkpoints').glob('*.resume.safetensors'): p.unlink()
-    (run.path/'checkpoints'/'2nd copy.safetensors').write_bytes(b'mine')
-    before = {p.name: p.read_bytes() for p in (run.path/'checkpoints').iterdir()}, (run.path/'metrics.jsonl').read_bytes()
-    with pytest.raises(UserError, match=r'weights of epoch 1, 2.*copy the run whole'): train(settings(), towns, run.path, resume=True)
-    assert ({p.name: p.read_bytes() for p in (run.path/'checkpoints').iterdir()}, (run.path/'metrics.jsonl').read_bytes()) == before
-    for e in (1, 2): (run.path/'checkpoints'/f'{e:04d}.safetensors').rename(tmp_path/f'{e}.safetensors')
-    assert train(settings(), towns, run.path, resume=True).resumable()[-1] == 2 and (run.path/'checkpoints'/'2nd copy.safetensors').read_bytes() == b'mine'
+    run = train(settings(epochs=1), towns, tmp_path/'run')
+    kept, first = run.path/'checkpoints', (run.path/'checkpoints'/'0001.resume.safetensors').read_bytes()
+    train(settings(epochs=3), towns, run.path, resume=True)
+    for p in kept.glob('*.resume.safetensors'): p.unlink()
+    (kept/'2nd copy.safetensors').write_bytes(b'mine')
+    held = lambda: ({p.name: p.read_bytes() for p in kept.iterdir()}, (run.path/'metrics.jsonl').read_bytes())
+    def refused(says):
+        before = held()
+        with pytest.raises(UserError, match=says): train(settings(epochs=3), towns, run.path, resume=True)
+        assert held() == before
+    refused('epochs up to 3 are recorded, but nothing in checkpoints/ is there to go on from; copy the run whole')
+    (kept/'0001.resume.safetensors').write_bytes(first)
+    refused('weights of epoch 3, but what .* ends at epoch 1, .*copy the run whole')
+    (kept/'0003.safetensors').rename(tmp_path/'3.safetensors')
+    assert train(settings(epochs=3), towns, run.path, resume=True).resumable()[-1] == 3 and (kept/'2nd copy.safetensors').read_bytes() == b'mine'
 
 @pytest.mark.parametrize('change, says', [(dict(settings=None), 'holds no settings'), (dict(settings=5), "'settings' is no table"), (dict(settings=dict(speed=1)), 'its settings speed are unknown'), (dict(settings=dict(epochs='x')), 'epochs'),
     (dict(tables=['a']), "'tables' is no table"), (dict(tables=dict(mined=3)), "'tables' is damaged"), (dict(validation='x'), "'validation' is no list"), (dict(validation=[3]), 'no list of names'), (dict(data=dict(mined=3)), "'data' is damaged"), (dict(model=[]), "'model' is no table"), (dict(tables=None), 'holds no settings'), (dict(tables=0), "'tables' is no table"), (dict(validation=''), "'validation' is no list")])
