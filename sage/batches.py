@@ -293,7 +293,7 @@ class CliqueBatches:
         if len(g.codes) != len(places) or g.radius != radius: raise UserError(f'the geography is of {len(g.codes)} images and {g.radius:g} m; these batches need {len(places)} images and {radius:g} m')
         counts = g.place_rows.counts
         self.usable = np.flatnonzero(counts >= k)
-        if not len(list_cliques(g.neighbors.indptr, g.neighbors.indices, k, 1, True, 1)[0]): raise UserError(f'no {k} images are within {g.radius:g} m of one another, so there is no place to train on; give more photographs of each place, or use fewer images_per_place')
+        if not len(list_cliques(*g.neighbors, k, 1, True, 1)[0]): raise UserError(f'no {k} images are within {g.radius:g} m of one another, so there is no place to train on; give more photographs of each place, or use fewer images_per_place')
         if not STRATEGIES[self.strategy].graph and not len(self.usable): raise UserError(f'the largest of {len(counts)} places has {counts.max()} images, but each needs at least {k}; give more photographs of each place, or use fewer images_per_place')
 
     def rebuild(self,

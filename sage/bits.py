@@ -62,15 +62,15 @@ def _to_try(adjacent, P, X, out):
     for z in range(W): out[z] = P[z] & ~adjacent[pivot, z]
 
 @jit
-def _neighborhood(v, indptr, indices, position):
+def _neighborhood(v, span, indices, position):
     "The neighbours of `v`: their adjacency as bits [d, W], and which of them come after v and before v as sets [W]. `position` is all −1 before and after."
-    mine = indices[indptr[v]:indptr[v+1]]
+    mine = indices[span[v, 0]:span[v, 1]]
     W = max(1, (len(mine) + 63) // 64)
     adjacent, after, before = np.zeros((len(mine), W), np.uint64), np.zeros(W, np.uint64), np.zeros(W, np.uint64)
     for i, u in enumerate(mine): position[u] = i
     for i, u in enumerate(mine):
         set_bit(after if u > v else before, i)
-        for e in range(indptr[u], indptr[u+1]):
+        for e in range(span[u, 0], span[u, 1]):
             if position[indices[e]] >= 0: set_bit(adjacent[i], position[indices[e]])
     for u in mine: position[u] = -1
     return adjacent, after, before
@@ -109,22 +109,22 @@ def grow(v, mine, adjacent, after, before, min_size, limit, cliques, used):
     return cliques, used, True
 
 @jit
-def list_cliques(indptr, indices, min_size, limit, partial, room):
-    """The maximal cliques of at least `min_size` nodes of the graph in compressed sparse rows (both directions, rows sorted): flat int32 (size, members, size, members, …), each from its lowest member, and
+def list_cliques(span, indices, min_size, limit, partial, room):
+    """The maximal cliques of at least `min_size` nodes of a graph whose node v is joined to indices[span[v, 0]:span[v, 1]] (both directions): flat int32 (size, members, size, members, …), each from its lowest member, and
     whether a node was given up, bool [N]. limit: cliques for each lowest member, 0 for no limit; partial: keep what was found of those given up; room: no more entries than this, 0 for no end."""
-    n = len(indptr) - 1
+    n = len(span)
     position, given_up, cliques, used = np.full(n, -1, np.int32), np.zeros(n, np.bool_), np.zeros(4096, np.int32), 0
     for v in range(n):
-        mine = indices[indptr[v]:indptr[v+1]]
+        mine = indices[span[v, 0]:span[v, 1]]
         if len(mine) + 1 < min_size: continue
         if len(mine) == 0:
             while used + 2 > len(cliques): cliques = grown(cliques)
             cliques[used], cliques[used+1] = 1, v
             used += 2
             continue
-        if mine[-1] < v: continue
+        if mine.max() < v: continue
         if room and used > room: given_up[v] = True; continue
-        start, (adjacent, after, before) = used, _neighborhood(v, indptr, indices, position)
+        start, (adjacent, after, before) = used, _neighborhood(v, span, indices, position)
         cliques, used, whole = grow(v, mine, adjacent, after, before, min_size, limit, cliques, used)
         if not whole:
             given_up[v] = True
@@ -133,33 +133,33 @@ def list_cliques(indptr, indices, min_size, limit, partial, room):
 
 # %% ../nbs/19_bits.ipynb #dcd4c921
 class Rows(NamedTuple):
-    "Lists of different lengths, as compressed sparse rows: list i is `indices[indptr[i]:indptr[i+1]]`."
-    indptr: np.ndarray  # where each list begins, int64 [M+1]
-    indices: np.ndarray # the lists one after another, int32 [E]
+    "Lists of different lengths in one array, wherever each lies: list i is `indices[span[i, 0]:span[i, 1]]`."
+    span: np.ndarray    # beginning and end of each list, int64 [M, 2]
+    indices: np.ndarray # the lists, int32 [E]
 
     @property
     def counts(self):
         "Length of each list [M]."
-        return np.diff(self.indptr)
+        return self.span[:, 1] - self.span[:, 0]
 
     def row(self, i):
         "List `i`."
-        return self.indices[self.indptr[i]:self.indptr[i+1]]
+        return self.indices[self.span[i, 0]:self.span[i, 1]]
 
 @jit
 def unpack(
     flat, # int32 (size, members, size, members, …)
 ):
-    "As compressed sparse rows: (indptr, indices), members in rising order."
+    "The arrays of `Rows`: (span, indices), members in rising order."
     m = at = 0
     while at < len(flat): m, at = m + 1, at + 1 + flat[at]
-    indptr, indices, at, m = np.zeros(m + 1, np.int64), np.empty(len(flat) - m, np.int32), 0, 0
+    span, indices, at, m, a = np.zeros((m, 2), np.int64), np.empty(len(flat) - m, np.int32), 0, 0, 0
     while at < len(flat):
-        a = indptr[m]
         for t in range(flat[at]):
             x, p = flat[at+1+t], a + t
             while p > a and indices[p-1] > x: indices[p] = indices[p-1]; p -= 1
             indices[p] = x
-        indptr[m+1] = a + flat[at]
-        m, at = m + 1, at + 1 + flat[at]
-    return indptr, indices
+        span[m, 0], span[m, 1] = a, a + flat[at]
+        m, at, a = m + 1, at + 1 + flat[at], a + flat[at]
+    return span, indices
+

@@ -69,14 +69,14 @@ def greedy_clique(
 
 # %% ../nbs/21_clique.ipynb #cb56c592
 @jit
-def _adjacency(nodes, local, indptr, indices):
+def _adjacency(nodes, local, span, indices):
     "Who is joined to whom among `nodes`, as bits [n, W]; `local` numbers them and is -1 elsewhere."
     out = np.zeros((len(nodes), (len(nodes) + 63)//64), np.uint64)
     ahead = 0
-    for v in nodes: ahead += indices[indptr[v]] if indptr[v] < indptr[v+1] else 0         # asks memory for all rows at once: in a large city, half of the time was waiting for one after another
+    for v in nodes: ahead += indices[span[v, 0]] if span[v, 0] < span[v, 1] else 0         # asks memory for all rows at once: in a large city, half of the time was waiting for one after another
     if ahead < 0: return out                                                              # (never; without a use of the sum a compiler leaves it out)
     for i, v in enumerate(nodes):
-        for e in range(indptr[v], indptr[v+1]):
+        for e in range(span[v, 0], span[v, 1]):
             if local[indices[e]] >= 0: set_bit(out[i], local[indices[e]])
     return out
 
@@ -130,17 +130,17 @@ def _settle(sets, changed, adjacent, alive, k):
 
 # %% ../nbs/21_clique.ipynb #b6115f96
 class Ground(NamedTuple):
-    "What `GeoSide` knows, as arrays for compiled code: two kinds of compressed sparse rows."
-    near_ptr: np.ndarray     # image -> images within the radius
+    "What `GeoSide` knows, as arrays for compiled code: two kinds of `Rows`."
+    near_span: np.ndarray    # image -> images within the radius
     near: np.ndarray
-    place_ptr: np.ndarray    # place -> images
+    place_span: np.ndarray   # place -> images
     place_rows: np.ndarray
 
 def ground(
     geo:GeoSide, # the geography of N images
 ) -> Ground:
     "The arrays a draw needs."
-    return Ground(geo.neighbors.indptr, geo.neighbors.indices, geo.place_rows.indptr, geo.place_rows.indices)
+    return Ground(*geo.neighbors, *geo.place_rows)
 
 @jit
 def _search(adjacent, k, limit, partial):
@@ -197,7 +197,7 @@ def _remove(rows, ground, taken, stamp):
     "Mark `rows` and all their neighbours in the city."
     for v in rows:
         taken[v] = stamp
-        for e in range(ground.near_ptr[v], ground.near_ptr[v+1]): taken[ground.near[e]] = stamp
+        for e in range(ground.near_span[v, 0], ground.near_span[v, 1]): taken[ground.near[e]] = stamp
 
 @jit
 def _choose(sizes, min_size, state):
@@ -216,10 +216,10 @@ def _choose(sizes, min_size, state):
 def _candidates(draw, ground, taken, stamp):
     "The images of the drawn places that are not yet taken, and how many are."
     n, total = 0, 0
-    for p in draw: total += ground.place_ptr[p+1] - ground.place_ptr[p]
+    for p in draw: total += ground.place_span[p, 1] - ground.place_span[p, 0]
     nodes = np.empty(total, np.int32)
     for p in draw:
-        for e in range(ground.place_ptr[p], ground.place_ptr[p+1]):
+        for e in range(ground.place_span[p, 0], ground.place_span[p, 1]):
             v = ground.place_rows[e]
             if taken[v] != stamp: nodes[n] = v; n += 1
     return nodes[:n], total - n
@@ -229,7 +229,7 @@ def _candidates(draw, ground, taken, stamp):
 def _one_draw(nodes, ground, local, taken, stamp, ptr, rows, slots, end, k, min_size, limit, state, counts):
     "Take cliques from among `nodes` until there are `end` slots or none is left. Returns (rows, slots, whether the list of cliques was cut short)."
     for i, v in enumerate(nodes): local[v] = i
-    adjacent = _adjacency(nodes, local, ground.near_ptr, ground.near)
+    adjacent = _adjacency(nodes, local, ground.near_span, ground.near)
     for v in nodes: local[v] = -1
     sets, crowded = _listed(adjacent, k, limit)
     alive, changed = np.zeros(adjacent.shape[1], np.uint64), np.zeros(len(sets), np.bool_)

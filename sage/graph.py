@@ -8,6 +8,7 @@ __all__ = ['TAU2', 'affinity', 'cut_edges', 'geo_cliques', 'city_neighbors', 'Ge
            'typical_norm']
 
 # %% ../nbs/20_graph.ipynb #3bcde381
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -50,9 +51,9 @@ def geo_cliques(
 ) -> list:       # sorted int arrays, by lowest member
     "All maximal cliques of the geographic graph d < `radius` (METHOD §4.3, §4.4), exactly the set networkx's find_cliques gives. Raises `UserError` for bad positions."
     near = radius_neighbors(xy, radius)
-    flat, _ = list_cliques(near.indptr, near.indices.astype(np.int32), min_size, 0, False, 0)
+    flat, _ = list_cliques(np.stack([near.indptr[:-1], near.indptr[1:]], 1), near.indices.astype(np.int32), min_size, 0, False, 0)
     cliques = Rows(*unpack(flat))
-    return [cliques.row(i) for i in range(len(cliques.indptr) - 1)]
+    return [cliques.row(i) for i in range(len(cliques.span))]
 
 # %% ../nbs/20_graph.ipynb #0a29cfe2
 def _closed_up(x):
@@ -68,6 +69,13 @@ def _squares(xy, city, side):
     width, height = int(x.max()) + 2, int(y.max()) + 2
     return (city*width + x.astype(np.int64))*height + y.astype(np.int64), height
 
+def _sorted(square):
+    "(numbers in rising order, which of `square` each is): by one sort of numbers that hold both, several times as quick as to sort references, where there is room for both."
+    bits, at = int(len(square)).bit_length(), np.arange(len(square))
+    if square.max() >= 2**(62 - bits): at = np.argsort(square, kind='stable'); return square[at], at
+    both = np.sort(square << bits | at)
+    return both >> bits, both & (1 << bits) - 1
+
 def _together(city):
     "Beginning and end of the rows of each city, where these stand together; else of all rows at once."
     begin = np.flatnonzero(np.diff(city, prepend=city[:1] - 1))
@@ -78,72 +86,55 @@ def _together(city):
 def _is_near(dx, dy, radius):
     "Whether a step is shorter than `radius`; the exact length is taken only where it is close."
     square = dx*dx + dy*dy
-    return square < radius*radius*(1 + 1e-9) and (square < radius*radius*(1 - 1e-9) or np.hypot(dx, dy) < radius)
+    if abs(square - radius*radius) <= 1e-9*radius*radius: return np.hypot(dx, dy) < radius
+    return square < radius*radius
 
 # %% ../nbs/20_graph.ipynb #f85d7b34
 @jit
-def _sort(row):
-    "In place; nearly all are short, and for these this is the quickest way."
-    if len(row) > 64: row.sort(); return
-    for n in range(1, len(row)):
-        x, at = row[n], n
-        while at > 0 and row[at-1] > x: row[at] = row[at-1]; at -= 1
-        row[at] = x
-
-@jit
-def _walk(xy, square, order, height, radius, first, found, indptr):
-    "Everybody's neighbours, in rising order: of the p-th they stand in `found` (or what it has grown to, the first result) from start[p] (the second) to start[p+1]. xy and square are in sorted order, `order` + `first` says which image each is; indptr goes on from its first number, and says where the rows begin once they stand in the order of images."
-    n, used, (begin, end) = len(xy), 0, np.zeros((2, 3), np.int64)
-    start = np.zeros(n + 1, np.int64)
+def _walk(xy, square, order, height, radius, first, found, used):
+    "Writes everybody's neighbours into `found` from place `used`. xy and square are in sorted order, `order` + `first` says which image each is. Returns (`found`, or what it has grown to; where in it those of each begin and the next one's, [n + 1])."
+    n, (begin, end) = len(xy), np.zeros((2, 3), np.int64)
+    start = np.empty(n + 1, np.int64)
     for p in range(n):
+        start[p] = used
         for column in range(3):
             middle = square[p] + (column - 1)*height
             while begin[column] < n and square[begin[column]] < middle - 1: begin[column] += 1
             while end[column] < n and square[end[column]] <= middle + 1: end[column] += 1
+            while used + end[column] - begin[column] > len(found): found = grown(found)
             for q in range(begin[column], end[column]):
-                if q == p or not _is_near(xy[p, 0] - xy[q, 0], xy[p, 1] - xy[q, 1], radius): continue
-                if used == len(found): found = grown(found)
-                found[used] = first + order[q]; used += 1
-        start[p+1], indptr[order[p]+1] = used, used - start[p]
-        _sort(found[start[p]:used])
-    for v in range(n): indptr[v+1] += indptr[v]
+                found[used] = first + order[q]                                 # written in any case, and kept where it is near: a processor cannot guess who is
+                used += _is_near(xy[p, 0] - xy[q, 0], xy[p, 1] - xy[q, 1], radius) & (q != p)
+    start[n] = used
     return found, start
-
-@jit
-def _lay(found, start, order, indptr, indices):
-    "The rows of `_walk` in the order of images, into `indices`."
-    for p in range(len(order)):
-        a = indptr[order[p]] - start[p]
-        for e in range(start[p], start[p+1]): indices[a+e] = found[e]
 
 def city_neighbors(
     xy,     # positions in metres [N, 2]
     city,   # city number of each [N]
     radius, # metres
-) -> Rows: # row i: those less than `radius` from i in the same city, in rising order
-    "Neighbours within the same city, in rows of the whole. Raises `UserError` for a radius not above 0."
+) -> Rows: # row i: those less than `radius` from i in the same city, in no order
+    "Neighbours within the same city, as rows of the whole; those of images near each other lie near each other. Raises `UserError` for a radius not above 0."
     if not (np.isfinite(radius) and radius > 0): raise UserError(f'radius {radius} is not a distance; give metres above 0')
-    n, city = len(xy), np.asarray(city, np.int64)
-    indptr, indices, found = np.zeros(n + 1, np.int64), np.empty(32*n, np.int32), np.empty(1024, np.int32)   # what is not written takes no memory
+    city, span, found, used = np.asarray(city, np.int64), np.zeros((len(xy), 2), np.int64), np.empty(32*len(xy) + 1, np.int32), 0    # what is not written takes no memory
     for a, b in _together(city):
-        square, height = _squares(xy[a:b], city[a:b], radius*(1 + 1e-9))
-        order, rows = np.argsort(square), indptr[a:b+1]
-        found, start = _walk(xy[a:b][order], square[order], order, height, float(radius), a, found, rows)
-        if rows[-1] > len(indices): indices.resize(2*rows[-1], refcheck=False)
-        _lay(found, start, order, rows, indices)
-    indices.resize(indptr[-1], refcheck=False)
-    return Rows(indptr, indices)
+        square, height = _squares(xy[a:b], city[a:b] - city[a:b].min(), radius*(1 + 1e-9))
+        square, order = _sorted(square)
+        found, start = _walk(xy[a:b].take(order, 0), square, order, height, float(radius), a, found, used)
+        span[a + order], used = np.stack([start[:-1], start[1:]], 1), start[-1]
+    return Rows(span, found[:used])
+
 
 # %% ../nbs/20_graph.ipynb #4dcde340
 @jit
 def _images_of(codes, n):
-    "The images of each of `n` places in rising order, as compressed sparse rows. codes: the place of each image."
-    indptr, indices = np.zeros(n + 1, np.int64), np.empty(len(codes), np.int32)
-    for c in codes: indptr[c+1] += 1
-    for p in range(n): indptr[p+1] += indptr[p]
-    end = indptr[:-1].copy()
+    "The images of each of `n` places in rising order, as the arrays of `Rows`. codes: the place of each image."
+    span, indices = np.zeros((n, 2), np.int64), np.empty(len(codes), np.int32)
+    for c in codes: span[c, 1] += 1
+    for p in range(1, n): span[p, 1] += span[p-1, 1]
+    for p in range(1, n): span[p, 0] = span[p-1, 1]
+    end = span[:, 0].copy()
     for i, c in enumerate(codes): indices[end[c]] = i; end[c] += 1
-    return indptr, indices
+    return span, indices
 
 class GeoSide:
     "The geography of a table of places, computed once: places, positions, neighbours."
@@ -159,6 +150,14 @@ class GeoSide:
         self.place_city, self.cities = pd.factorize(self.places.city.to_numpy(dtype=object))                              # places stand city by city, sorted
         self.city_start = np.searchsorted(self.place_city, np.arange(len(self.cities) + 1))  # city c: places city_start[c] to city_start[c+1]
         self.neighbors = city_neighbors(self.xy, self.place_city[self.codes], self.radius)
+
+    @cached_property
+    def near_places(self):
+        "Numbers of places whose centres are less than the radius apart, lower first, sorted [E, 2]."
+        near = city_neighbors(self.centers, self.place_city, self.radius)
+        order = np.argsort(near.span[:, 0])                                 # as they lie
+        src, dst = np.repeat(order, near.counts[order]), near.indices
+        return np.stack(np.divmod(np.sort((src*len(self.places) + dst)[src < dst]), len(self.places)), 1)
 
     def __repr__(self):
         return f'{type(self).__name__}: {len(self.codes):,} images of {len(self.places):,} places in {len(self.cities)} cities, {len(self.neighbors.indices)//2:,} pairs within {self.radius:g} m'
@@ -293,7 +292,7 @@ def _node_table(geo, edges, images):
     ends, weights = np.concatenate([near.src, near.dst]).astype(np.int64), np.concatenate([near.affinity, near.affinity])
     count = np.bincount(ends, minlength=n)
     score = np.where(count > 0, np.bincount(ends, weights, minlength=n)/np.maximum(count, 1), np.nan)
-    first = geo.place_rows.indices[geo.place_rows.indptr[:-1]] if images is None else np.asarray(images)
+    first = geo.place_rows.indices[geo.place_rows.span[:, 0]] if images is None else np.asarray(images)
     lat, lon = _latlon(geo, first)
     return pd.DataFrame(dict(node=np.arange(n), city=geo.places.city, place=geo.places.place, easting=geo.centers[:, 0], northing=geo.centers[:, 1],
                              lat=lat, lon=lon, image=geo.table.image.to_numpy()[first], seed_score=score))
@@ -310,9 +309,7 @@ def epoch_graph(
     "The geo-visual graph of the places under the descriptors of this epoch (METHOD §4). Raises `UserError` for descriptors that do not fit."
     F, squares = check_descriptors(descriptors, len(geo.places))
     F = F.astype(np.float32, copy=False)
-    near = city_neighbors(geo.centers, geo.place_city, geo.radius)
-    pairs = np.stack([np.repeat(np.arange(len(F)), near.counts), near.indices], 1).astype(np.int64)
-    near_edges = _edge_table(geo, F, pairs[pairs[:, 0] < pairs[:, 1]], 'near')
+    near_edges = _edge_table(geo, F, geo.near_places, 'near')
     near_edges = near_edges[near_edges.affinity > tau2*np.sqrt(squares.mean())]
     edges = pd.concat([near_edges, _edge_table(geo, F, alike_pairs(geo, F, similar, device), 'alike')]).drop_duplicates(['src', 'dst'], ignore_index=True)
     edges = _with_states(edges, previous, geo, F)

@@ -79,7 +79,8 @@ def place_rows(
 ) -> tuple: # (distinct (city, place) as a table of n rows, sorted; for each image its row in it, int64 [N])
     "The places of a table, in the order in which place descriptors stand."
     codes = df.groupby(['city', 'place'], sort=True).ngroup().to_numpy(dtype=np.int64)
-    _, first = np.unique(codes, return_index=True)
+    first = np.zeros(codes.max(initial=-1) + 1, np.int64)
+    first[codes[::-1]] = np.arange(len(codes))[::-1]                                     # the last that is written stays: each place's first image
     return df[['city', 'place']].iloc[first].reset_index(drop=True), codes
 
 # %% ../nbs/02_places.ipynb #75f6f75d

@@ -190,8 +190,8 @@ def test_who_is_joined_as_bits(n):
     "A word for every 64 nodes; the graph has more nodes than are asked about."
     g = nx.gnp_random_graph(n + 7, .3, seed=n)
     rows, local = [sorted(g[v]) for v in g], np.full(n + 7, -1, np.int32)
-    local[7:] = np.arange(n)
-    bits = sage.clique._adjacency(np.arange(7, n + 7), local, np.cumsum([0, *map(len, rows)]), np.concatenate(rows).astype(np.int32))
+    local[7:], end = np.arange(n), np.cumsum([*map(len, rows)])
+    bits = sage.clique._adjacency(np.arange(7, n + 7), local, np.stack([end - [*map(len, rows)], end], 1), np.concatenate(rows).astype(np.int32))
     assert (bits == adjacency(nx.convert_node_labels_to_integers(g.subgraph(range(7, n + 7)), ordering='sorted'))).all() and bits.shape == (n, -(-n//64))
 
 @pytest.mark.parametrize('n', [1, 5, 63, 64, 65, 128, 130])

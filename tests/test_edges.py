@@ -63,21 +63,21 @@ def test_neighbours_in_a_city_across_squares():
     xy = np.array([[0, 0], [25, 0], [0, 25], [24.999, 0], [0, -24.999], [-17, -17], [25, 25], [0, 0]])
     near = city_neighbors(xy, np.array([0, 0, 0, 0, 0, 0, 0, 1]), 25.)
     d = np.hypot(*(xy[:, None] - xy[None]).transpose(2, 0, 1))
-    for i in range(8): assert near.row(i).tolist() == [j for j in range(8) if j != i and (i == 7) == (j == 7) and d[i, j] < 25]
+    for i in range(8): assert sorted(near.row(i)) == [j for j in range(8) if j != i and (i == 7) == (j == 7) and d[i, j] < 25]
     for radius in (0, -1, np.nan, np.inf):
         with pytest.raises(UserError, match='radius'): city_neighbors(xy, np.zeros(8, int), radius)
 
 
 @pytest.mark.parametrize('n', [1, 2, 64, 65, 66, 200])
 def test_everybody_at_one_spot(n):
-    "However long, rows are in rising order; city 0 stands together, city 1 does not."
+    "More of them than there is room for at first; city 0 stands together, city 1 does not."
     for city in (np.repeat([0, 1], n), np.tile([0, 1], n), np.r_[np.ones(n, int), np.zeros(n, int)]):
         near = city_neighbors(np.random.default_rng(n).uniform(0, 17, (2*n, 2)), city, 25.)
-        for i in range(2*n): assert near.row(i).tolist() == [j for j in range(2*n) if j != i and city[j] == city[i]]
+        for i in range(2*n): assert sorted(near.row(i)) == [j for j in range(2*n) if j != i and city[j] == city[i]]
 
 def test_nobody_has_no_neighbours():
     near = city_neighbors(np.zeros((0, 2)), np.zeros(0, int), 25.)
-    assert near.indptr.tolist() == [0] and near.indices.tolist() == []
+    assert near.span.shape == (0, 2) and near.indices.tolist() == []
 
 def test_neighbours_in_squares_that_hardly_touch():
     "Less than 25 m apart, and if squares were a thousand millionth narrower, one would stand between them."
@@ -95,7 +95,7 @@ def corner():
     return GeoSide(make_table(image=list('abcdef'), city=list('xyyzzz'), place=[0, 0, 1, 0, 1, 2], easting=[0, 0, 3, 0, 50, 90.], northing=[0, 0, 4, 0, 0, 0.]))
 
 def test_cities_begin_and_end(corner):
-    assert corner.city_start.tolist() == [0, 1, 3, 6] and corner.place_rows.indptr.tolist() == [*range(7)]
+    assert corner.city_start.tolist() == [0, 1, 3, 6] and corner.place_rows.span.tolist() == [[i, i + 1] for i in range(6)]
 
 def test_the_most_alike_of_a_city(corner):
     F = np.array([[0], [0], [9], [0], [1], [3]], np.float32)

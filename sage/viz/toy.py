@@ -66,7 +66,7 @@ def toy_descriptors(
     g = stream(seed, 'toy descriptors')
     kinds, noise, frequency = g.normal(size=(8, 16)), g.normal(size=(len(geo.places), 16)), g.normal(0, 1/60, (2, 16))
     angle = (geo.centers - geo.centers.mean(0)) @ frequency
-    first = np.asarray(looks)[geo.place_rows.indices[geo.place_rows.indptr[:-1]]]
+    first = np.asarray(looks)[geo.place_rows.indices[geo.place_rows.span[:, 0]]]
     F = np.concatenate([kinds[first] + .45*noise, .5*epoch*np.cos(angle), .5*epoch*np.sin(angle)], 1)
     return (F/np.linalg.norm(F, axis=1, keepdims=True)).astype(np.float32)
 
