@@ -28,7 +28,7 @@ from sage.viz.toy import toy_run
 from sage.where import ask, own_rows, read_map, update_map
 
 MUCH = bool(os.environ.get('SAGE_TORTURE'))
-SHARES = dict(names=60_000, exif=20_000, csv=8_000, run=8_000, checkpoints=6_000, headers=3_000, sets=4_000, index=2_000, tables=2_000, states=2_000)       # 115,000; some of `sets` and `index` twice
+SHARES = dict(names=25_000, exif=30_000, csv=14_000, run=14_000, checkpoints=12_000, headers=4_000, sets=5_000, index=2_500, tables=2_500, states=2_500)       # 111,500; some of `sets` and `index` twice
 RAN = dict.fromkeys(SHARES, 0)
 
 

@@ -1,5 +1,6 @@
 """Numbers that stay true: what is no number stops the training with the batch that made it, which can be had again; and what must hold of graph, recall and descriptors whatever the data."""
 import json, os, sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,14 @@ from hypothesis import given, settings as how, strategies as st
 sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))
 from test_train import settings, toy_table
 from sage import cli
+from sage.aside import Aside
+from sage.batches import STRATEGIES, CliqueBatches
 from sage.core import UserError
-from sage.feed import Views, embed
+from sage.feed import Loader, Sources, Steps, Views, deaf, embed
 from sage.graph import affinity
-from sage.images import eval_transform
+from sage.images import eval_transform, train_transform
 from sage.learner import SageModule
+from sage.places import make_table
 from sage.retrieval import recall_at_k
 from sage.run import Run
 from sage.settings import make_model
@@ -183,3 +187,47 @@ def test_a_descriptor_depends_on_its_image_alone(seed):
     whole, order = model.describe(x), torch.randperm(7, generator=g)
     assert (whole[order] - model.describe(x[order])).abs().max() < 1e-5
     for i in range(7): assert (whole[i] - model.describe(x[i:i + 1])[0]).abs().max() < 1e-5
+
+
+@how(max_examples=5, deadline=None)
+@given(seeds, st.integers(1, 2), st.integers(1, 6), st.integers(1, 4))
+def test_views_are_those_of_any_number_of_workers(towns, seed, workers, places, images):
+    "What two epochs of two sources feed to a model, distorted at random: to the bit, and in the same order."
+    g, tables = np.random.default_rng(seed), towns
+    sources = Sources([Views(t, train_transform(28, 'randaugment'), None, seed + i) for i, t in enumerate(tables)])
+    rows = [[[g.integers(0, len(t), (places, images)) for _ in range(2)] for t in tables] for _ in range(2)]
+    def fed(n):
+        steps, out = Steps(2), []
+        loader = Loader(sources, batch_sampler=steps, num_workers=n, generator=torch.Generator().manual_seed(0), worker_init_fn=deaf)
+        for epoch, batches in enumerate(rows, 1): steps.fill(epoch, batches); out += loader
+        return out
+    alone, many = fed(0), fed(workers)
+    assert len(alone) == len(many) == 4 and all(torch.equal(a, b) for x, y in zip(alone, many) for a, b in zip(x, y))
+
+
+def drawn(seed, strategy, places, images):
+    "Batches of two epochs, as the bytes of their rows; called here and in another process."
+    g = np.random.default_rng(seed)
+    spots = g.uniform(0, 900, (60, 2)).repeat(6, 0) + g.normal(0, 4, (360, 2))
+    table = make_table(image=[str(i) for i in range(360)], city=g.choice(['adorf', 'castrop'], 60).repeat(6), place=np.arange(60).repeat(6), easting=spots[:, 0], northing=spots[:, 1], zone='33N')
+    b, out = CliqueBatches(table, None, strategy, places, images, seed=seed), []
+    for epoch in (1, 2):
+        b.rebuild(g.normal(size=(60, 16)).astype(np.float32), epoch)
+        out.append(np.stack([*islice(b, 5)]).tobytes())
+    return out
+
+@pytest.fixture(scope='module')
+def elsewhere():
+    "Another process, whose sets and dicts of text have another order."
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('PYTHONHASHSEED', '4711')
+        aside = Aside()
+        aside('test_numbers', 'drawn', 0, 'random', 2, 3)
+    yield aside
+    aside.close()
+
+@how(max_examples=25, deadline=None)
+@given(seeds, st.sampled_from(sorted(STRATEGIES)), st.integers(1, 8), st.integers(1, 5))
+def test_seeds_draw_the_same_batches_in_any_process(elsewhere, seed, strategy, places, images):
+    here = drawn(seed, strategy, places, images)
+    assert elsewhere('test_numbers', 'drawn', seed, strategy, places, images) == here and here[0] != here[1]
