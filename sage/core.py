@@ -118,10 +118,10 @@ def pick_workers(
     device='cpu', # the device that they feed
     processes=1,  # of this machine that want some
 ) -> int:
-    "How many processes decode images: none beside a CPU, which is busy itself; beside a GPU this process's share of the processors, less its own, 16 at most."
+    "How many processes decode images: none beside a CPU, which is busy itself; beside a GPU this process's share of the processors, less its own, 64 at most."
     import torch
     if asked >= 0 or torch.device(device).type != 'cuda': return max(0, asked)
-    return min(16, max(1, len(os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(os.cpu_count() or 1))//processes - 1))
+    return min(64, max(1, len(os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(os.cpu_count() or 1))//processes - 1))
 
 # %% ../nbs/00_core.ipynb #054337ac
 def cache_dir(

@@ -252,8 +252,9 @@ def record(self:EpochGraph, epoch, trained): # everything that is done at a numb
     if logged or not first(): return
     if recorded: row |= self.graph_record(epoch, found, recorded, answers)
     row |= {f'mining_{k}': v for k, v in flat(self.supply.batches[0].record()).items()}
-    self.run.log(**row, **seconds, recall_s=measured - began, graph_s=time.perf_counter() - joined_at)
-    if self.progress: print(epoch_line(row, self.settings.epochs, seconds))
+    graph_s = time.perf_counter() - joined_at
+    self.run.log(**row, **seconds, recall_s=measured - began, graph_s=graph_s)
+    if self.progress: print(epoch_line(row, self.settings.epochs, sum(seconds.values()), graph_s if recorded else 0))
 
 # %% ../nbs/43_train.ipynb #d65e8316
 def flat(
@@ -266,12 +267,13 @@ def flat(
 def epoch_line(
     row:dict,       # of the metrics
     epochs:int,     # planned
-    seconds:dict,   # of mining
+    mining_s:float, # to embed and draw
+    graph_s=0.,     # to write the graph down
 ) -> str:
     "A row of the metrics for a reader."
     recall = [f'{k.removesuffix("/recall@1")} R@1 {v:.1f}' for k, v in row.items() if k.endswith('/recall@1')]
     loss = [f'loss {row["loss"]:.3f}', f'{row["images_per_s"]:.0f} images/s'] if 'loss' in row else ['untrained']
-    return one_line('  '.join([f'epoch {row["epoch"]}/{epochs}', *loss, *recall, f'mining {sum(seconds.values()):.1f} s']))
+    return one_line('  '.join([f'epoch {row["epoch"]}/{epochs}', *loss, *recall, f'mining {mining_s:.1f} s', *[f'graph {graph_s:.1f} s']*(graph_s > 0)]))
 
 # %% ../nbs/43_train.ipynb #5e92a028
 def parts_of(trainer): # (optimiser, schedule)
