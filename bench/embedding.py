@@ -1,11 +1,12 @@
 """Describing, rebuilding the graph, loading: what each costs against the named alternative, run by turns in one process.
 
-    python bench/embedding.py [--backbone NAME] [--images 8] [--turns 3] [--only describe,rebuild,loader,decoding,compile]
+    python bench/embedding.py [--backbone NAME] [--images 8] [--turns 3] [--only describe,rebuild,loader,decoding,layout,compile]
 
 describe  against the published way: the whole forward in float32, attention step by step, no gradient
 rebuild   embedding of images on the disk: from pixels, and from kept tokens (sage.prefix) of the frozen blocks
 loader    JPEG files of 640 x 480: decoded, distorted and batched by one process, and how many such processes a GPU would keep busy
 decoding  from a file to a tensor: Pillow, as it is done, against torchvision's decoder and a resize of tensors, which were tried
+layout    describing with images and weights laid out channels last, against as they are; only when asked for
 compile   describing through torch.compile against without it, fused attention in both; only when asked for, since compiling takes minutes
 
 Weights are random, LayerScale is set to 1 (as made it is 1e-5, and the blocks would hardly count): times do not depend on them, and rounding has something to work on.
@@ -79,6 +80,21 @@ def describe(args):
         for (name, t), d in zip(seconds.items(), out):
             rows.append(dict(what='describe', side=side, images=len(images), way=name, images_per_s=len(images) / t, ratio=seconds[next(iter(ways))] / t, ratio_cpu=cpu[next(iter(ways))] / cpu[name], least_cosine=(d * exact).sum(1).min().item(), cosine_between_images=between.max().item()))
             print('describe {side}²  {way:<40} {ratio:5.2f}× (CPU time {ratio_cpu:.2f}×)  least cosine {least_cosine:.5f} (different images {cosine_between_images:.5f})'.format(**rows[-1]), flush=True)
+    return rows
+
+
+def layout(args):
+    "Channels last: the patch embedding is the only convolution of a ViT."
+    plain, rows, side = model_for(args.backbone), [], args.sides[0]
+    plain.backbone.fuse(True)
+    last, images = copy.deepcopy(plain).to(memory_format=torch.channels_last), torch.stack([eval_transform(side)(Image.open(p)) for p in args.photos.image[:args.images]])
+    ways = {'as it is': (plain, images), 'channels last': (last, images.contiguous(memory_format=torch.channels_last))}
+    for precision in ('32-true', 'bf16-mixed')[:1 + args.bf16]:
+        def run(m, x):
+            with autocast('cpu', precision): return m.describe(x)
+        seconds, cpu = by_turns({name: lambda w=w: run(*w) for name, w in ways.items()}, 2*args.turns)
+        rows.append(dict(what='layout', side=side, precision=precision, ratio=seconds['as it is']/seconds['channels last'], ratio_cpu=cpu['as it is']/cpu['channels last'], least_cosine=(run(*ways['as it is'])*run(*ways['channels last'])).sum(1).min().item()))
+        print('layout {side}² {precision:<11} channels last {ratio:5.2f}× (CPU time {ratio_cpu:.2f}×)  least cosine {least_cosine:.5f}'.format(**rows[-1]), flush=True)
     return rows
 
 
@@ -178,7 +194,7 @@ def main():
     print({**machine(), 'torch_threads': torch.get_num_threads()})
     with tempfile.TemporaryDirectory() as folder:
         args.photos = photographs(folder, max(32, 2 * args.images), args.seed)
-        rows = [row for part in args.only.split(',') for row in dict(describe=describe, rebuild=rebuild, loader=loader, decoding=decoding, compile=compiled)[part](args)]
+        rows = [row for part in args.only.split(',') for row in dict(describe=describe, rebuild=rebuild, loader=loader, decoding=decoding, layout=layout, compile=compiled)[part](args)]
     keep('embedding', args, rows, ('torch', 'torchvision', 'timm', 'numpy', 'pillow'))
 
 
