@@ -17,7 +17,7 @@ import pandas as pd
 
 from .core import MissingPath, UserError, atomic, existing
 from .geo import band_zone, check_latlon, to_latlon, to_utm
-from .photos import IMAGE_SUFFIXES, check_unique, find_photo_csv, list_images, locate_images, numbers, read_csv, read_photos, whole_numbers
+from .photos import IMAGE_SUFFIXES, bearings, check_unique, find_photo_csv, list_images, locate_images, numbers, read_csv, read_photos, whole_numbers
 from .places import FARTHEST, SPLITS, check_table, fill_table, make_places
 
 # %% ../nbs/04_formats.ipynb #090b6641
@@ -204,12 +204,12 @@ def _msls_labels(side, keys, keep):
     post = _align(read_csv(path2, 'key', 'easting', 'northing', 'night', 'unique_cluster'), keys, path2)
     keep = keep & ~_flags(raw, 'pano', path)
     lat, lon = (numbers(raw, c, path, needed=False) for c in ('lat', 'lon'))
-    check_latlon(np.nan_to_num(lat), np.nan_to_num(lon), path)
+    check_latlon(np.where(np.isnan(lat), 0, lat), np.where(np.isnan(lon), 0, lon), path)
     raw, post, lat, lon = raw[keep], post[keep], lat[keep], lon[keep]
     easting, northing, zone = _in_one_zone(lat, lon, *(numbers(post, c, path2) for c in ('easting', 'northing')))
     return keep, dict(
         place=whole_numbers(post, 'unique_cluster', path2), easting=easting, northing=northing, zone=zone, time=raw['captured_at'].to_numpy(),
-        heading=numbers(raw, 'ca', path, needed=False) % 360 % 360, condition=np.where(_flags(post, 'night', path2), 'night', 'day'))
+        heading=bearings(raw, 'ca', path), condition=np.where(_flags(post, 'night', path2), 'night', 'day'))
 
 # %% ../nbs/04_formats.ipynb #17ae66fb
 def read_msls(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'DISKS_OWN', 'FORMATS', 'TURNS', 'MOST_PIXELS', 'as_text', 'image_names', 'list_images',
-           'locate_images', 'read_csv', 'numbers', 'check_metres', 'whole_numbers', 'check_unique', 'image_errors',
-           'open_image', 'photo_label', 'rgb', 'upright', 'below', 'inside', 'find_photo_csv', 'unread_csvs',
-           'read_photos']
+           'locate_images', 'read_csv', 'numbers', 'bearings', 'check_metres', 'whole_numbers', 'check_unique',
+           'image_errors', 'open_image', 'photo_label', 'rgb', 'upright', 'below', 'inside', 'find_photo_csv',
+           'unread_csvs', 'read_photos']
 
 # %% ../nbs/03_photos.ipynb #5af460f8
 import os, re, struct, warnings
@@ -137,6 +137,15 @@ def numbers(
     if bad.any(): raise UserError(f'{path}: row {df.index[bad.argmax()]} has {column} {text.iloc[bad.argmax()]!r}; expected a number: fill it in or remove the row')
     return number
 
+def bearings(
+    df:pd.DataFrame, # of `read_csv`
+    column:str,      # its name
+    path,            # the csv, for the message
+) -> np.ndarray:     # degrees from 0 up to 360, NaN where unknown, float64 [N]
+    "A column of text as bearings; what is infinite is unknown, too. Raises `UserError` naming the row."
+    number = numbers(df, column, path, needed=False)
+    return np.where(np.isfinite(number), number, np.nan) % 360 % 360                # twice: the remainder of a tiny negative number is 360
+
 def check_metres(
     df:pd.DataFrame, # of `read_csv`
     columns,         # easting and northing
@@ -223,7 +232,7 @@ def photo_label(
         gps, taken = exif.get_ifd(0x8825), exif.get_ifd(0x8769).get(0x9003) or exif.get(0x0132) or ''
         if 2 not in gps or 4 not in gps: raise UserError(f'{path}: no GPS position in EXIF')
         lat, lon, heading = _degrees(gps[2], gps.get(1)), _degrees(gps[4], gps.get(3)), float(gps.get(17, np.nan)) % 360 % 360 # twice: the remainder of a tiny negative number is 360
-    if not (abs(lat) <= 90 and abs(lon) <= 180) or lat == lon == 0: raise UserError(f'{path}: the GPS position in EXIF is no position ({lat:.6g}, {lon:.6g})')
+    if not (abs(lat) <= 90 and abs(lon) <= 180) or lat == lon == 0: raise UserError(f'{path}: the GPS position in EXIF is no position ({lat:.6g}, {lon:.6g})' + '; latitude and longitude may be swapped' * (90 < abs(lat) <= 180 and abs(lon) <= 90))
     return dict(lat=lat, lon=lon, heading=heading, time=_iso(str(taken)))
 
 def _iso(text):
@@ -360,13 +369,15 @@ def _read_photo_csv(root, csv):
     if not degrees and not metres: raise UserError(f"{csv} has neither the columns 'lat' and 'lon' nor 'easting' and 'northing'; one of the two pairs is needed")
     pair = ['lat', 'lon'] if degrees else ['easting', 'northing']
     blank = (df[pair].apply(lambda c: c.str.strip()) == '').all(axis=1).to_numpy()
-    left_out, df, image = [(p, f'{p}: no position in {csv.name}') for p, b in zip(image, blank) if b], df[~blank], [p for p, b in zip(image, blank) if not b]
+    zero = (df[pair].apply(pd.to_numeric, errors='coerce') == 0).all(axis=1).to_numpy() & degrees
+    left_out, good = [(p, f'{p}: 0, 0 in {csv.name} is no position' if z else f'{p}: no position in {csv.name}') for p, b, z in zip(image, blank, zero) if b or z], ~(blank | zero)
+    df, image = df[good], [p for p, g in zip(image, good) if g]
     if not len(df): raise UserError(f'{csv}: none of its {len(left_out):,} rows has a position; fill in {pair[0]} and {pair[1]}')
     first, second = (numbers(df, c, csv) for c in pair)
     if degrees: check_latlon(first, second, csv, df.index)
     else: check_metres(df, pair, csv)
     where = _metres(first, second, root.name) if degrees else _one_plane(first, second, _zones(df, csv), root.name, csv)
-    more = {c: df[c].str.strip() if c == 'time' else numbers(df, c, csv, needed=False) % 360 % 360 for c in ('heading', 'time') if c in df}
+    more = {c: df[c].str.strip() if c == 'time' else bearings(df, c, csv) for c in ('heading', 'time') if c in df}
     return fill_table(image=image, place=_csv_places(df, csv) if 'place' in df else 0, **where, **more), 'place' in df, left_out
 
 # %% ../nbs/03_photos.ipynb #e256bf5c

@@ -1,5 +1,5 @@
 """`sage_data check`: what is there, what is missing by name, what it serves, and every oddity with a count and an example."""
-import os, subprocess, sys
+import os, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,10 @@ from PIL import Image
 from sage.cli_data import sage_data
 from sage.formats import write_gsv, write_msls, write_utm
 from sage.geo import to_latlon, to_utm
+from sage.photos import read_photos
 from sage.places import make_table
-from sage.preflight import check, doubles, overlaps, swapped, wide_places
+from sage.coordinates import far_zone, mirrored, swapped
+from sage.preflight import check, doubles, overlaps, wide_places
 
 
 def cards(folder, city='aldwick', places=5, views=5, seed=0, east=0., **more):
@@ -151,7 +153,7 @@ def test_some_rows_of_msls_swapped_or_elsewhere(tmp_path):
 
 
 def test_a_city_on_the_edge_of_a_zone_contradicts_nothing(tmp_path):
-    "Each image measured in the zone it fell into, as London's are."
+    "Each image measured in the zone it fell into, as London's are: the two positions agree, but that the zones are mixed is said."
     lat, lon = np.full(25, 51.5), np.linspace(-.002, .002, 25)
     root, raws = msls(tmp_path, zone='30N', easting=to_utm(lat, lon, '30N')[0], northing=to_utm(lat, lon, '30N')[1])
     for path in raws:
@@ -159,7 +161,8 @@ def test_a_city_on_the_edge_of_a_zone_contradicts_nothing(tmp_path):
         east = raw.lon > 0
         post.loc[east, 'easting'], post.loc[east, 'northing'], _ = to_utm(raw.lat[east].to_numpy(), raw.lon[east].to_numpy(), '31N')
         assert east.any(); post.to_csv(path.with_name('postprocessed.csv'))
-    assert check(root).warnings == []
+    said = check(root).warnings
+    assert len(said) == 1 and 'zones are mixed: ' in said[0] and 'rows are measured in 30N, ' in said[0] and 'rows are measured in 31N, e.g. ' in said[0] and 'postprocessed.csv row ' in said[0] and 'more than 100 m' not in said[0], said
 
 
 def test_zones_of_a_csv_and_an_image_far_from_itself(tmp_path):
@@ -190,6 +193,139 @@ def test_degrees_and_metres_of_a_csv(tmp_path):
     for zones in ('', zone, '99Z'):
         assert said(1, zones) == '' and 'swapped in 6 of 6 rows, e.g. row 0: 13.2, 55.7, the other way round' in said(-1, zones)
         assert 'easting and northing are more than 100 m from latitude and longitude in 6 of 6 rows' in said(1, zones, 9e4)
+
+
+def test_two_sides_of_msls_in_neighbouring_zones(tmp_path):
+    "Each csv by itself is of one zone."
+    lat, lon = np.full(25, 51.5), np.linspace(-.002, .002, 25)
+    root, raws = msls(tmp_path, zone='30N', easting=to_utm(lat, lon, '30N')[0], northing=to_utm(lat, lon, '30N')[1])
+    path = next(p for p in raws if p.parent.name == 'query')
+    raw, post = pd.read_csv(path, index_col=0), pd.read_csv(path.with_name('postprocessed.csv'), index_col=0)
+    post['easting'], post['northing'], _ = to_utm(raw.lat.to_numpy(), raw.lon.to_numpy(), '31N'); post.to_csv(path.with_name('postprocessed.csv'))
+    said = check(root).warnings
+    assert len(said) == 1 and 'lund: zones are mixed: 20 rows are measured in 30N, 5 rows are measured in 31N, e.g. query/postprocessed.csv row 0: 31N; all are read in one' in said[0], said
+
+
+def album(folder, positions, columns=''):
+    "Photographs with EXIF, or with a csv of the given columns."
+    folder.mkdir(parents=True)
+    for i, p in enumerate(positions):
+        exif = Image.Exif()
+        if not columns: exif[0x8825] = {1: 'NS'[p[0] < 0], 2: (abs(p[0]), 0., 0.), 3: 'EW'[p[1] < 0], 4: (abs(p[1]), 0., 0.)}
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (8, 8, 3)).astype(np.uint8)).save(folder/f'{i}.jpg', exif=exif)
+    if columns: (folder/'where.csv').write_text(f'path,{columns}\n' + ''.join(f'{i}.jpg,{",".join(map(str, p))}\n' for i, p in enumerate(positions)))
+    return folder
+
+
+def of(folder): return [w for w in check(folder).warnings if 'are left out, e.g.' not in w or 'swapped' in w]
+
+
+LUND, SEVILLE, SYDNEY = (55.7, 13.2), (37.4, -6.), (-33.9, 151.2)
+town = lambda city, n: [(round(city[0] + 1e-3*i, 6), round(city[1] + 2e-3*(i % 3), 6)) for i in range(n)]
+turn = lambda rows: [p[::-1] for p in rows]
+
+
+def test_swapped_positions_in_exif(tmp_path):
+    "A photograph amid the others the other way round; one whose latitude is none; and two halves, of which nobody can say which is right."
+    assert of(album(tmp_path/'honest', town(LUND, 5) + town(SEVILLE, 2) + town(SYDNEY, 1))) == []
+    said = of(album(tmp_path/'one', town(LUND, 5) + turn(town(LUND, 1)) + town(SEVILLE, 2)))
+    assert len(said) == 1 and 'latitude and longitude seem swapped in 1 of 8 photographs, e.g. ' in said[0] and '5.jpg: 13.2, 55.7' in said[0], said
+    said = '\n'.join(of(album(tmp_path/'sure', town(SYDNEY, 4) + turn(town(SYDNEY, 2)))))
+    assert 'latitude and longitude seem swapped in 2 photographs that are left out, e.g. ' in said and '4.jpg: the GPS position in EXIF is no position (151.2, -33.9); latitude and longitude may be swapped' in said
+    said = of(album(tmp_path/'half', town(LUND, 4) + turn(town(LUND, 4))))
+    assert len(said) == 1 and 'about 4 and 4 photographs mirror one another' in said[0] and '0.jpg: 55.7, 13.2' in said[0] and '4.jpg: 13.2, 55.7' in said[0], said
+
+
+@pytest.mark.parametrize('cities', [(LUND,), (LUND, SEVILLE), (LUND, SEVILLE, SYDNEY)])
+def test_some_or_half_of_the_rows_of_several_cities_are_swapped(tmp_path, cities):
+    rows = sum((town(c, 6) for c in cities), [])
+    assert of(album(tmp_path/'honest', rows, 'lat,lon')) == []
+    few = [p[::-1] if i % 6 == 2 else p for i, p in enumerate(rows)]
+    said = [w for w in of(album(tmp_path/'few', few, 'lat,lon')) if 'seem swapped' in w]
+    assert len(said) == 1 and f'seem swapped in {len(cities)} of {len(rows)} rows, e.g. row 2: {few[2][0]:g}, {few[2][1]:g}' in said[0], said
+    half = [p[::-1] if i % 2 else p for i, p in enumerate(rows)]
+    said = [w for w in of(album(tmp_path/'half', half, 'lat,lon')) if 'seem swapped' in w]; n = 3*min(len(cities), 2)
+    assert f'about {n} and {n} rows mirror one another' in said[-1] and len(said) == 1 + (SYDNEY in cities), said          # Sydney's latitude would be none
+
+
+def test_honest_cities_seem_not_swapped():
+    "Two hundred cities at random; near the diagonal; Alexandria and Cairo, which are mirror images; two countries that are so in part."
+    g = np.random.default_rng(0)
+    none = lambda lat, lon: len(swapped(lat, lon)) == 0 and len(mirrored(lat, lon)[0]) == 0
+    for seed in range(5):
+        lat, lon = (np.repeat(np.stack((g.uniform(-40, 65, 60), g.uniform(-180, 180, 60)), 1), 20, axis=0) + g.normal(0, .02, (1200, 2))).T
+        assert none(lat, lon)
+    assert none([10.]*5, [10.2]*5) and none(*np.array([(10., 10.2), (10.2, 10.), (10.3, 10.1)]).T) and none(*np.array([(31.2, 29.92)] + [(30.04, 31.24)]*9).T)
+    italy, ethiopia = g.uniform((37, 7), (46, 18), (20_000, 2)), g.uniform((4, 33), (15, 47), (4000, 2))
+    assert none(*np.concatenate([italy[(italy[:, 0] > 43.5) | (italy[:, 1] > 14)], ethiopia[::4]]).T)
+
+
+def test_a_million_and_a_half_rows_take_seconds():
+    g = np.random.default_rng(0)
+    lat, lon = g.uniform(-60, 70, 1_500_000), g.uniform(-180, 180, 1_500_000)
+    start = time.perf_counter(); swapped(lat, lon); mirrored(lat, lon)
+    assert time.perf_counter() - start < 20
+
+
+def test_swapped_rows_off_the_grid():
+    "A latitude that is none gives the swap away, whatever the other rows say; what is no number says nothing."
+    assert swapped([95., 55.7, 55.7, np.nan, np.inf, 181., 95.], [20., 13.2, 13.2, 13., 13., 20., 120.]).tolist() == [0]
+
+
+def test_no_fix_in_a_csv(tmp_path):
+    "0, 0 is what a GPS writes that has no fix: such photographs are left out as in EXIF; the large data sets' readers believe it."
+    walk = album(tmp_path/'walk', [(0, 0.), *town(LUND, 5), ('0.0', '-0')], 'lat,lon')
+    said = '\n'.join(check(walk).warnings)
+    assert '2 photographs have no position and are left out, e.g. ' in said and '0.jpg: 0, 0 in where.csv is no position' in said and 'latitude and longitude are 0, 0, which is no position in 2 of 7 rows, e.g. row 0' in said
+    df = read_photos(walk); assert len(df) == 5 and [Path(p).name for p, _ in df.attrs['left_out']] == ['0.jpg', '6.jpg'] and set(df.zone) == {'33N'}
+    root, raws = msls(tmp_path); path = next(p for p in raws if p.parent.name == 'database')
+    spoil(path, lambda df: df.iloc.__setitem__((slice(3, 5), [df.columns.get_loc(c) for c in ('lat', 'lon')]), '0'))
+    said = check(root).warnings
+    assert len(said) == 1 and '0, 0, which is no position in 2 of 20 rows, e.g. row 3: 0, 0' in said[0], said
+
+
+def test_a_zone_that_contradicts_the_degrees(tmp_path):
+    rows = lambda zones: [(*p, z) for p, z in zip(town(LUND, 6), zones)]
+    assert of(album(tmp_path/'near', rows(['33N', '32N', '34n', '', '99Z', '33N']), 'lat,lon,zone')) == []
+    said = of(album(tmp_path/'far', rows(['33N', '33N', '33N', '36N', '33S', '33N']), 'lat,lon,zone'))
+    assert len(said) == 1 and 'the zone contradicts latitude and longitude in 2 of 6 rows, e.g. row 3: 55.703, 13.2 (zone 36N)' in said[0], said
+    said = of(album(tmp_path/'turned', [(*p[::-1], '33N') for p in town(LUND, 6)], 'lat,lon,zone'))
+    assert len(said) == 1 and 'in 6 of 6 rows, e.g. row 0: 13.2, 55.7 (zone 33N), the other way round they agree with the zone' in said[0], said
+    e, n, _ = to_utm(*np.array(town(LUND, 6)).T)
+    said = of(album(tmp_path/'metres', [(*p, a, b, '56S') for p, a, b in zip(town(LUND, 6), e, n)], 'lat,lon,easting,northing,zone'))
+    assert len(said) == 1 and 'the zone contradicts latitude and longitude in 6 of 6 rows' in said[0], said
+
+
+@pytest.mark.parametrize('zone, lat, lon, far', [('32N', 60.4, 5.3, False), ('31N', 60.4, 5.3, False), ('33N', 78.2, 9.5, False), ('37N', 78., 41.9, False), ('1S', -18., 179.9, False), ('60S', -18., -179.9, False), ('2S', -18., -179.9, False), ('2S', -18., 179.9, True),
+                                                 ('17N', -.2, -78.5, False), ('17N', -2.2, -79.9, True), ('35S', 55.7, 25., True), ('33N', np.nan, 13., False), ('33N', np.inf, 13., False), ('33N', 13.2, np.inf, False), ('', 13., 13., False)])
+def test_far_zones(zone, lat, lon, far): assert far_zone(np.array([zone]), np.array([lat]), np.array([lon])).tolist() == [far]
+
+
+@pytest.mark.parametrize('columns', ['lat,lon', 'easting,northing', 'lat,lon,easting,northing,zone', 'lat,lon,heading'])
+@pytest.mark.filterwarnings('error')
+def test_infinite_numbers_are_told_and_nothing_else(tmp_path, capsys, columns):
+    "No warning of numpy's; which row it is, and what the reader makes of it."
+    e, n, _ = to_utm(*np.array(town(LUND, 6)).T); wide = columns.count(',') + 1
+    rows = [[*((p[0], p[1], a, b, '33N') if 'lat' in columns and wide != 3 else (*p, 90) if wide == 3 else (a, b))][:wide] for p, a, b in zip(town(LUND, 6), e, n)]
+    rows[2][-1 if wide == 3 else 0] = 'inf'
+    if wide != 3: rows[4][1] = '-inf'
+    folder = album(tmp_path/'walk', rows, columns); code, out = text(folder, capsys=capsys)
+    if wide == 3: assert code == 0 and np.isnan(read_photos(folder).heading[2]) and read_photos(folder).heading[1] == 90; return
+    assert code == 2 and 'row 2' in out and 'inf' in out and 'a map' not in out, out
+    if 'lat' in columns: assert 'latitude and longitude are no position on the Earth in 2 of 6 rows, e.g. row 2: inf, 13.2' in out and 'the csv is not read before that is mended' in out, out
+    else: assert "row 2 has easting 'inf'; expected metres on the Earth" in out
+
+
+@pytest.mark.filterwarnings('error')
+def test_infinite_numbers_in_msls_and_gsv(tmp_path):
+    root, raws = msls(tmp_path); path = next(p for p in raws if p.parent.name == 'database')
+    spoil(path, lambda df: df.__setitem__('lat', df.lat.where(np.arange(len(df)) != 3, 'inf'))); said = '\n'.join(check(root).warnings)
+    assert 'no position on the Earth in 1 of 20 rows, e.g. row 3: inf, ' in said and 'row 3: latitude inf' in said, said
+    root, raws = msls(tmp_path/'post'); post = next(p for p in raws if p.parent.name == 'database').with_name('postprocessed.csv')
+    spoil(post, lambda df: df.__setitem__('easting', df.easting.where(np.arange(len(df)) != 3, 'inf'))); assert 'has easting inf; expected metres on the Earth' in '\n'.join(check(root).warnings)
+    write_gsv(cards(tmp_path/'g', 'lund'), tmp_path/'gsv'); path = tmp_path/'gsv'/'Dataframes'/'lund.csv'
+    df = pd.read_csv(path, dtype=str); df.loc[3, 'lon'] = '-inf'; df.to_csv(path, index=False); said = '\n'.join(check(tmp_path/'gsv').warnings)
+    assert 'no position on the Earth in 1 of 25 rows, e.g. row 3: ' in said and 'row 3: ' in said.split('\n')[0], said
 
 
 def test_swapped_against_a_plain_reading():
