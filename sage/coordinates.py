@@ -35,15 +35,25 @@ def _facing(lat, lon):
     here, there = here[keep], there[keep]
     return rows[keep], here, there, count[here], count[there], fits[here], fits[here] & fits[there]
 
+def _off_town(lat, lon):
+    "Rows within 1° of where three of four rows are, but only the other way round; none where there is no such town."
+    good = (np.abs(lat) <= 90) & (np.abs(lon) <= 180)
+    if not good.any(): return np.zeros(len(lat), bool)
+    a, b = np.median(lat[good]), np.median(lon[good])
+    near = lambda y, x: good & (np.abs(y - a) < 1) & (np.abs(x - b) < 1)
+    here = near(lat, lon)
+    return ~here & near(lon, lat) & (np.abs(lat - lon) >= DIAGONAL) & (here.sum() >= .75 * good.sum())
+
 def swapped(
     lat, # degrees as written [N]; NaN where unreadable
     lon, # degrees as written [N]
 ) -> np.ndarray: # row numbers
-    "Rows whose latitude and longitude seem to have changed places: the latitude is none, or there are many more rows around the mirror image."
+    "Rows whose latitude and longitude seem to have changed places: the latitude is none, or many more rows are around the mirror image."
     lat, lon = np.asarray(lat, float), np.asarray(lon, float)
     rows, _, _, own, other, fits, _ = _facing(lat, lon)
-    sure = np.flatnonzero((np.abs(lat) > 90) & (np.abs(lat) <= 180) & (np.abs(lon) <= 90))
-    return np.sort(np.concatenate([sure, rows[fits & (other > 1.5 * own)]]))
+    out = (np.abs(lat) > 90) & (np.abs(lat) <= 180) & (np.abs(lon) <= 90)
+    out[rows[fits & (other > 1.5 * own)]] = True
+    return np.flatnonzero(out | _off_town(lat, lon))
 
 def mirrored(
     lat, # degrees as written [N]; NaN where unreadable
@@ -120,7 +130,7 @@ def far_zone(
 ) -> np.ndarray: # mask [N]
     "Rows whose position can have nothing to do with their zone."
     named, codes = np.unique(zone, return_inverse=True)
-    middle, sign = np.array([(6*int(z[:-1]) - 183, 1 if z[-1] == 'N' else -1) if z else (0, 0) for z in named]).T[:, codes]
+    middle, sign = np.array([(6*int(z[:-1]) - 183, 1 if z[-1] == 'N' else -1) if z else (0, 0) for z in named]).reshape(-1, 2)[codes].T
     there = (np.abs(lat) <= 90) & (np.abs(lon) <= 180)
     return there & (sign != 0) & ((np.abs((np.where(there, lon, 0) - middle + 180) % 360 - 180) > 9) | (np.abs(lat) > 1) & (np.sign(lat) == -sign))
 

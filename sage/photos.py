@@ -384,7 +384,7 @@ def _read_photo_csv(root, csv):
 def _csvs(root): return [p for p in sorted(root.glob('*.csv')) if not p.name.startswith('.') and p.is_file()]
 
 def _header(path): # names of its columns
-    return [c.strip(' "\r\n') for c in path.open('rb').readline(10_000).decode('utf-8-sig', 'replace').split(',')]
+    with path.open('rb') as f: return [c.strip(' "\r\n') for c in f.readline(10_000).decode('utf-8-sig', 'replace').split(',')]
 
 def find_photo_csv(
     root:Path, # folder of photographs

@@ -250,7 +250,7 @@ def _fill(report, root, kind):
     df = pd.concat(tables, ignore_index=True)
     csv = find_photo_csv(root) if kind == 'photos' else None
     report.counts = count_table(df)
-    if kind == 'utm' or kind == 'photos' and not csv: report.warnings += position_warnings(df if len(tables) > 1 else tables[0])
+    if kind == 'utm' or kind == 'photos' and not csv: report.warnings += position_warnings(tables[0])
     report.warnings += oddities(df, kind in ('gsv', 'msls', 'utm') or kind == 'photos' and csv is not None and 'place' in read_csv(csv))
     report.serves += _trains(df)
     if kind == 'photos':

@@ -260,6 +260,12 @@ def test_honest_cities_seem_not_swapped():
     assert none(*np.concatenate([italy[(italy[:, 0] > 43.5) | (italy[:, 1] > 14)], ethiopia[::4]]).T)
 
 
+def test_an_excursion_that_is_swapped():
+    "Half a degree from the town it belongs to; from one of several towns it might be a village of its own."
+    paris = np.array([(48.8, 2.3)]*9 + [(2.9, 49.4)])
+    assert swapped(*paris.T).tolist() == [9] and swapped(*np.concatenate([paris, [(-12., 77.)]*9]).T).tolist() == [] == swapped(*(paris + (0, 120)).T).tolist()
+
+
 def test_a_million_and_a_half_rows_take_seconds():
     g = np.random.default_rng(0)
     lat, lon = g.uniform(-60, 70, 1_500_000), g.uniform(-180, 180, 1_500_000)
@@ -294,6 +300,12 @@ def test_a_zone_that_contradicts_the_degrees(tmp_path):
     e, n, _ = to_utm(*np.array(town(LUND, 6)).T)
     said = of(album(tmp_path/'metres', [(*p, a, b, '56S') for p, a, b in zip(town(LUND, 6), e, n)], 'lat,lon,easting,northing,zone'))
     assert len(said) == 1 and 'the zone contradicts latitude and longitude in 6 of 6 rows' in said[0], said
+
+
+@pytest.mark.parametrize('columns', ['lat,lon', 'lat,lon,zone', 'easting,northing,zone'])
+def test_a_csv_without_rows(tmp_path, columns):
+    (tmp_path/'where.csv').write_text(f'path,{columns}\n')
+    assert len(check(tmp_path).warnings) == 1 and 'where.csv has no rows' in check(tmp_path).warnings[0]
 
 
 @pytest.mark.parametrize('zone, lat, lon, far', [('32N', 60.4, 5.3, False), ('31N', 60.4, 5.3, False), ('33N', 78.2, 9.5, False), ('37N', 78., 41.9, False), ('1S', -18., 179.9, False), ('60S', -18., -179.9, False), ('2S', -18., -179.9, False), ('2S', -18., 179.9, True),
