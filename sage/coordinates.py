@@ -167,10 +167,11 @@ def mirror_warning(
     return [f'about {len(one):,} and {len(two):,} {what} mirror one another, so latitude and longitude seem swapped in one of the two, e.g. {example(one[0])} or {example(two[0])}']
 
 def _faults(degrees, metres, zone):
-    "What may be wrong with rows: [(mask, sentence, masks of rows that have more to say and what)], the first that holds for a row."
-    known = {z: z if re.fullmatch(r'([1-9]|[1-5]\d|60)[NS]', z) else '' for z in set(zone)}
+    "What may be wrong with rows: [(mask, what, mask of rows about which there is more to say, that)]; of a row, the first that holds counts."
+    known = {z: z if re.fullmatch(r'(0?[1-9]|[1-5]\d|60)[NS]', z) else '' for z in set(zone)}
     known = np.array([known[z] for z in zone], dtype=str)
-    turned, off = contradictions(degrees, metres, *([known] if set(known) - {''} else _zones(degrees, metres)))
+    zones = [] if (known != '').all() else [np.where(known == '', z, known) for z in _zones(degrees, metres)]
+    turned, off = contradictions(degrees, metres, *(zones or [known]))
     guess = np.isin(np.arange(len(degrees)), swapped(*degrees.T)) & ~np.isfinite(np.c_[degrees, metres]).all(1)
     lost = (np.abs(degrees) > (90, 180)).any(1)
     far, other = (far_zone(known, *d.T) for d in (degrees, degrees[:, ::-1]))

@@ -193,6 +193,8 @@ def test_degrees_and_metres_of_a_csv(tmp_path):
     for zones in ('', zone, '99Z'):
         assert said(1, zones) == '' and 'swapped in 6 of 6 rows, e.g. row 0: 13.2, 55.7, the other way round' in said(-1, zones)
         assert 'easting and northing are more than 100 m from latitude and longitude in 6 of 6 rows' in said(1, zones, 9e4)
+    (folder/'where.csv').write_text('path,lat,lon,easting,northing,zone\n' + ''.join(f'p_{i}.jpg,55.7,{13.2 + 1e-4*i},{e[i]},{n[i]},{z}\n' for i, z in enumerate(['33N', '', '99Z', '33n', '', '33N'])))
+    assert check(folder).warnings == [], 'a row without a zone contradicts nothing'
 
 
 def test_two_sides_of_msls_in_neighbouring_zones(tmp_path):
