@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['STOPS', 'WORKERS', 'Views', 'view_batches', 'deaf', 'end_workers', 'Loader', 'autocast', 'tokens_of', 'run_views',
-           'kept_batches', 'NoNumbers', 'described', 'embed', 'cache_bytes', 'prefix_cache', 'one_image_each', 'Steps',
-           'Sources', 'by_source', 'Validation', 'LogLines', 'bar']
+           'ahead', 'kept_batches', 'NoNumbers', 'described', 'embed', 'cache_bytes', 'prefix_cache', 'one_image_each',
+           'Steps', 'Sources', 'by_source', 'Validation', 'LogLines', 'bar']
 
 # %% ../nbs/33_feed.ipynb #b66f22c2
 import atexit, contextlib, multiprocessing, multiprocessing.util, signal, sys, weakref      # (multiprocessing's own end of things must come after `end_workers`)
+from concurrent.futures import ThreadPoolExecutor
 import numpy as np, pandas as pd, torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -112,6 +113,18 @@ def run_views(
     return model.from_prefix(tokens_of(model, inputs), cross_image)
 
 # %% ../nbs/33_feed.ipynb #d662e74c
+def ahead(
+    do,   # a function
+    todo, # what for
+):        # yields what it gives, in order
+    "While one result is used, a thread is at the next."
+    with ThreadPoolExecutor(1, 'ahead') as thread:
+        coming = None
+        for x in todo:
+            now, coming = coming, thread.submit(do, x)
+            if now: yield now.result()
+        if coming: yield coming.result()
+
 def kept_batches(
     model,                    # a SAGE
     views:Views,              # with `kept`
@@ -125,10 +138,12 @@ def kept_batches(
     paths = np.array(views.paths, dtype=object)[rows]
     there = kept.find(paths)
     images = iter(_loader(views, [rows[c][~there[c]].tolist() for c in cuts if not there[c].all()], workers))
+    def read(c):
+        out = torch.empty((len(paths[c]), *kept.shape), dtype=torch.float16, pin_memory=torch.cuda.is_available())
+        if there[c].any(): out[there[c]] = kept.read(paths[c][there[c]])
+        return out
     try:
-        for c in cuts:
-            out = torch.empty((len(paths[c]), *kept.shape), dtype=torch.float16, pin_memory=torch.cuda.is_available())
-            if there[c].any(): out[there[c]] = kept.read(paths[c][there[c]])
+        for c, out in zip(cuts, ahead(read, cuts)):
             if not there[c].all():
                 with autocast(device, precision): tokens = model.prefix(next(images).to(device))
                 out[~there[c]] = tokens.to('cpu', torch.float16)
