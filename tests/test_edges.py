@@ -84,15 +84,16 @@ def test_neighbours_in_squares_that_hardly_touch():
     x = 25*(1 - 1.1e-9)
     for far, near in ((25*(1 - 1e-10), [1]), (25, [])): assert city_neighbors(np.array([[x, 0], [x + far, 0]]), np.zeros(2, int), 25.).row(0).tolist() == near
 
-def test_neighbours_where_squares_of_lengths_round_otherwise():
-    "At 25 m to the last bit, where a sum of squares is less than 625 and its root no less than 25, or the other way round: the length decides."
-    turn = np.random.default_rng(0).uniform(0, 2*np.pi, 2000)
-    x, y = 25*np.cos(turn), 25*np.sin(turn)
-    length, odd = np.hypot(x, y), (x*x + y*y < 625) != (np.hypot(x, y) < 25)
-    assert odd.sum() > 100 and (length[odd] < 25).any() and (length[odd] >= 25).any()
+@pytest.mark.parametrize('radius', [25., 1e-3, 1e6])
+def test_neighbours_where_squares_of_lengths_round_otherwise(radius):
+    "At the radius to the last bit, where a sum of squares is less than its square and the root no less than itself, or the other way round: the length decides."
+    turn = np.random.default_rng(0).uniform(0, 2*np.pi, 20_000)
+    x, y = radius*np.cos(turn), radius*np.sin(turn)
+    length, odd = np.hypot(x, y), (x*x + y*y < radius*radius) != (np.hypot(x, y) < radius)
+    assert odd.sum() > 100
     city, zero = np.repeat(np.arange(odd.sum()), 2), np.zeros(odd.sum())
-    near = city_neighbors(np.stack([zero, zero, x[odd], y[odd]], 1).reshape(-1, 2), city, 25.)
-    assert (near.counts.reshape(-1, 2) == (length[odd] < 25)[:, None]).all()
+    near = city_neighbors(np.stack([zero, zero, x[odd], y[odd]], 1).reshape(-1, 2), city, radius)
+    assert (near.counts.reshape(-1, 2) == (length[odd] < radius)[:, None]).all()
 
 def test_neighbours_in_cities_whose_squares_have_no_room_for_numbers():
     "Nine cities among one another, each as wide as 2³¹ squares and 2³⁰ high: without care, the ninth would have the numbers of the first."
