@@ -8,7 +8,7 @@ __all__ = ['COLUMNS', 'run_of', 'degrees', 'recorded', 'described', 'flatten', '
            'onnx_difference', 'write_onnx', 'measured', 'card_slots', 'write_hub', 'pca_images', 'check_dims']
 
 # %% ../nbs/47_export.ipynb #c05f0535
-import json, runpy
+import json, re, runpy
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import nn
 from .core import MissingPath, UserError, atomic, pick_device, seed_of, stream
 from .geo import to_latlon
 from .images import MEAN, STD, check_size
-from .model import SAGE
+from .model import SAGE, held_epoch
 from .run import Run
 from .retrieval import search
 from .benchmark import describe_table
@@ -291,8 +291,8 @@ def write_hub(
     if folder.exists() and not folder.is_dir(): raise UserError(f'{folder}: a file is in the way of the folder; choose another name')
     model, _, settings = load_checkpoint(checkpoint)
     run = run_of(checkpoint)
-    stem = Path(checkpoint).stem                                      # of a file that somebody renamed the epoch is not known
-    slots = card_slots(run, run.best() if Path(checkpoint).is_dir() else int(stem) if stem.isascii() and stem.isdigit() else None) if run else dict(size=_pixels(_side(settings))) if settings else {}
+    named = re.fullmatch(r'([0-9]+)\.safetensors', Path(checkpoint).name)   # of a file that somebody renamed the epoch is not known
+    slots = card_slots(run, run.best() if Path(checkpoint).is_dir() else held_epoch(checkpoint, int(named[1])) if named else None) if run else dict(size=_pixels(_side(settings))) if settings else {}
     model.save_pretrained(folder, model_card_kwargs=slots)
     return folder
 

@@ -14,7 +14,7 @@ import torch
 
 from .core import UserError
 from .images import eval_transform, load_image
-from .model import SAGE, load_sage, read_header
+from .model import SAGE, load_sage, of_epoch, read_header
 from .run import Run
 
 # %% ../nbs/37_look.ipynb #e98c42f2
@@ -36,10 +36,10 @@ def weights_of(
     run:Run,
     epoch:int, # finished epochs
 ) -> Path:
-    "The checkpoint of an epoch. Raises `UserError` naming those there are."
+    "The checkpoint of an epoch. Raises `UserError` naming those there are, or where it is another's."
     have = run.checkpoints()
     if epoch not in have: raise UserError(f'{run.path}: no weights of epoch {epoch} are kept, so only the recorded images can be looked at; ' + (f'there are those of {list(have)}' if have else 'copy the folder checkpoints/ beside the rest of the run'))
-    return have[epoch]
+    return of_epoch(have[epoch], epoch)
 
 def _pixels(path, images):
     "Photographs as the model of a checkpoint is shown them."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HUB', 'SIZED_BY', 'HEAD_BY', 'DINOV2', 'FORMAT', 'CARD', 'Maps', 'evaluating', 'SAGE', 'create_sage', 'random_init',
            'parameter_table', 'official_name', 'official_state', 'official_sizes', 'build_sage', 'load_official',
-           'load_all', 'Reduction', 'write_checked', 'read_checked', 'save_sage', 'read_header', 'load_sage',
-           'trained_on_world', 'raw_descriptors']
+           'load_all', 'Reduction', 'write_checked', 'read_checked', 'save_sage', 'read_header', 'held_epoch',
+           'of_epoch', 'load_sage', 'trained_on_world', 'raw_descriptors']
 
 # %% ../nbs/14_model.ipynb #b00ee312
 import hashlib, json, os, re
@@ -402,6 +402,22 @@ def read_header(
     return header | parts
 
 def _bad_header(path): return UserError(f'{path}: the header of this checkpoint is damaged; save it again')
+
+def held_epoch(
+    path:str|Path, # a file of `save_sage`
+    said:int|None=None, # for a header that names none: of another file than a run's, or an older one
+) -> int|None: # finished epochs
+    "The epoch whose weights a checkpoint holds, whatever its file is called."
+    held = read_header(path)['config'].get('epoch')
+    return held if type(held) is int else said
+
+def of_epoch(
+    path:str|Path, # a run's checkpoint
+    epoch:int, # that its name says
+) -> str|Path: # the same path
+    "Raises UserError where a checkpoint holds another epoch than its name says."
+    if (held := held_epoch(path, epoch)) != epoch: raise UserError(f'{path}: holds epoch {held}, its name says {epoch}; take an earlier checkpoint, or copy it again')
+    return path
 
 # %% ../nbs/14_model.ipynb #5ca02be8
 def _described(config, pretrained, device='cpu'): # the model that a header tells of

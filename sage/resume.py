@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FREE', 'save_checkpoint', 'drop_old_states', 'load_weights', 'read_weights', 'fingerprint', 'config_of', 'check_same',
-           'open_run', 'keep_weights', 'last_whole', 'last_step']
+           'open_run', 'keep_weights', 'check_epoch', 'last_whole', 'last_step']
 
 # %% ../nbs/38_resume.ipynb #f2e5caec
 import hashlib, re, sys
@@ -12,7 +12,7 @@ from dataclasses import asdict
 import pandas as pd
 from .core import UserError
 from .places import place_rows
-from .model import SAGE, load_all, read_checked, read_header, save_sage
+from .model import SAGE, held_epoch, load_all, of_epoch, read_checked, read_header, save_sage
 from .ranks import first, from_first
 from .run import Run, checkpoint_paths, pause_path, plain
 from .settings import Settings
@@ -45,8 +45,8 @@ def load_weights(
     epoch:int, # finished epochs
     model:SAGE, # of the same settings
 ):
-    "An epoch's weights into the model. Raises UserError where the file is damaged or from another model."
-    read_weights(checkpoint_paths(run, epoch)[0], model)
+    "An epoch's weights into the model. Raises UserError where the file is damaged, or from another epoch or model."
+    read_weights(of_epoch(checkpoint_paths(run, epoch)[0], epoch), model)
 
 def read_weights(
     path,       # of `save_sage`
@@ -121,21 +121,33 @@ def keep_weights(
     epoch:int, # from which a training goes on
 ):
     "Raises UserError where going on would delete whole weights of epochs that cannot be gone on from."
-    gone = [e for e in run.checkpoints() if e > epoch + bool(run.resumable())]
-    for e in gone:
-        try: read_checked(checkpoint_paths(run, e)[0])
-        except UserError: continue                                        # damaged: nothing is lost with it
-        raise UserError(f'{run.path}: there are weights of epoch {", ".join(map(str, gone))}, but what a training goes on with (*.resume.safetensors) ends at epoch {epoch}, and they would be deleted; copy the run whole, or move those weights to another folder first')
+    gone = [e for e in run.checkpoints() if e > epoch and _would_be_lost(run, e, epoch)]
+    if gone: raise UserError(f'{run.path}: there are weights of epoch {", ".join(map(str, gone))}, but what a training goes on with (*.resume.safetensors) ends at epoch {epoch}, and they would be deleted; copy the run whole, or move those weights to another folder first')
+
+def _would_be_lost(run, e, epoch): # whether a file of weights holds what is trained neither before `epoch` nor at once again
+    try: read_checked(path := checkpoint_paths(run, e)[0]); held = held_epoch(path, e)
+    except UserError: return False                                        # damaged
+    return e > epoch + bool(run.resumable()) if held == e else held > epoch or held not in run.checkpoints()
+
+def check_epoch(
+    run:Run,
+    epoch:int, # finished epochs
+):
+    "Raises UserError where one of an epoch's two files is damaged, or is that of another epoch: copied, or renamed."
+    weights, state = checkpoint_paths(run, epoch)
+    read_checked(of_epoch(weights, epoch))
+    at = step_of(state)
+    if (held := read_header(weights)['config'].get('step', at)) != at: raise UserError(f'{state}: holds step {at}, and the weights beside it step {held}; take an earlier checkpoint, or copy both again')
 
 def last_whole(
     run:Run,
 ) -> int: # finished epochs; 0 where nothing was kept yet
-    "The last epoch that a training can go on from: its checkpoint is whole, and so is the graph that the next is compared with. Damaged ones are said on stderr; UserError where all are."
+    "The last epoch that a training can go on from: its checkpoint is whole and its own, and so is the graph that the next is compared with. Damaged ones are said on stderr; UserError where all are."
     epochs, logged, reason = run.resumable(), set(run.metrics().epoch), None
     for epoch in reversed(epochs):
         last = epoch if epoch in logged else epoch - 1
         try:
-            for path in checkpoint_paths(run, epoch): read_checked(path)
+            check_epoch(run, epoch)
             if last in run.epochs(): run.edges(last)
             return epoch
         except UserError as e: reason = e

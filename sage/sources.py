@@ -19,7 +19,7 @@ from .formats import detect_format, in_validation_city, read_msls, read_places
 from .world import make_world
 from .images import scan_images
 from .backbone import packaged_file
-from .model import load_official, load_sage, read_header
+from .model import held_epoch, load_official, load_sage, of_epoch, read_header
 from .run import Run
 from .retrieval import positives_within
 from .protocols import EvalSet, PROTOCOLS, Protocol, folder_protocol, get_protocol, keep_rows, load_benchmark
@@ -224,8 +224,8 @@ def load_checkpoint(
     if path.is_dir():
         run = Run(path); best = run.best()
         if best is None: raise UserError(f'{path}: this run has no checkpoint with a recall yet; name a file in its checkpoints/')
-        path = run.checkpoints()[best]
+        path = of_epoch(run.checkpoints()[best], best)
     if not path.exists(): raise MissingPath(f"{path}: no such checkpoint; give a .safetensors file, a run folder, or the authors' .pth")
     if path.suffix in ('.pth', '.pt', '.ckpt', '.bin'): return load_official(path), path.stem, {}
-    name = f'{path.parents[1].name} epoch {int(path.stem)}' if path.parent.name == 'checkpoints' and path.stem.isascii() and path.stem.isdigit() else path.stem
+    name = f'{path.parents[1].name} epoch {held_epoch(path, int(path.stem))}' if path.parent.name == 'checkpoints' and path.stem.isascii() and path.stem.isdigit() else path.stem
     return load_sage(path), name, read_header(path)['config'].get('settings', {})

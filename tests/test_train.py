@@ -408,6 +408,33 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(towns, tmp_path, capsy
     with pytest.raises(UserError, match='none of its checkpoints'): train(settings(), towns, path, resume=True)
     assert {p: p.read_bytes() for p in path.rglob('*') if p.is_file()} == before                    # nothing was dropped
 
+def test_a_checkpoint_under_a_false_name(towns, tmp_path, capsys):
+    "Whole files of epoch 1 as those of epoch 3, or one of the two: offered nowhere as what the name says, and readable by their path."
+    from sage.look import weights_of
+    from sage.sources import load_checkpoint
+    run = train(settings(), towns, tmp_path/'run')
+    (w1, s1), (w2, s2), (w3, s3) = (checkpoint_paths(run, e) for e in (1, 2, 3))
+    shutil.copy(w1, w3); shutil.copy(s1, s3)
+    assert last_whole(run) == 2
+    err = capsys.readouterr().err
+    assert f'{w3}: holds epoch 1, its name says 3' in err and 'trying the epoch before' in err and len(err.splitlines()) == 1
+    with pytest.raises(UserError, match='holds epoch 1, its name says 3'): weights_of(run, 3)
+    assert load_checkpoint(w3)[1] == 'run epoch 1' and load_checkpoint(w2)[1] == 'run epoch 2'
+    run.log(**{'epoch': 3, 'unseen/recall@1': 100.})
+    with pytest.raises(UserError, match='holds epoch 1, its name says 3'): load_checkpoint(run.path)
+    shutil.copy(w2, tmp_path/'0007.safetensors'); assert load_checkpoint(tmp_path/'0007.safetensors')[1] == '0007'
+    w3.unlink(); s3.unlink(); shutil.copy(s1, s2)
+    assert last_whole(run) == 1 and f'{s2}: holds step 3, and the weights beside it step 6' in capsys.readouterr().err
+
+def test_weights_under_a_false_name_are_not_deleted(towns, tmp_path):
+    "Those of epoch 2 were renamed; a copy of what stays may go."
+    run = train(settings(), towns, tmp_path/'run')
+    (w1, _), (w2, s2), (w5, _) = (checkpoint_paths(run, e) for e in (1, 2, 5))
+    w2.rename(w5); s2.unlink()
+    with pytest.raises(UserError, match='weights of epoch 5, .*would be deleted'): train(settings(), towns, run.path, resume=True)
+    w5.unlink(); shutil.copy(w1, w5)
+    assert train(settings(), towns, run.path, resume=True).epochs() == [0, 1, 2] and not w5.exists()
+
 def test_quiet(towns, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
