@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from tqdm.auto import tqdm
 
-from .core import UserError, atomic
+from .core import UserError, atomic, regular
 from .run import Run, plain, write_json
 from .settings import Settings, make_model
 from .resume import fingerprint
@@ -117,7 +117,8 @@ def read_json(
     **parts, # name → type of what it must hold
 )->dict:
     "One JSON file; `UserError` where it is damaged."
-    try: found = json.loads(path.read_text())
+    try: found = json.loads(regular(path, 'remove it and run again').read_text())
+    except UserError: raise
     except (ValueError, RecursionError) as e: raise UserError(f'{path}: not readable as JSON ({e}); remove it and run again') from None
     lost = [k for k, kind in parts.items() if not isinstance(found, dict) or type(found.get(k)) is not kind]
     lost = lost or [k for k, v in found.items() if k.endswith('/recall@1') and not isinstance(v, (int, float))]

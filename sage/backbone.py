@@ -8,7 +8,7 @@ __all__ = ['NANO', 'OFFLINE', 'nano_vit', 'resample_positions', 'check_vit', 'Ba
            'pack_nano', 'packaged_nano', 'hub_reachable', 'some_of', 'explain_mismatch', 'make_vit', 'fingerprint']
 
 # %% ../nbs/11_backbone.ipynb #4a1547fd
-import hashlib, pickle, struct, textwrap, urllib.error, urllib.request
+import hashlib, pickle, struct, textwrap, urllib.error, urllib.request, zipfile
 from importlib import resources
 from pathlib import Path
 import huggingface_hub, safetensors, safetensors.torch, timm, torch
@@ -18,7 +18,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.func import functional_call
-from .core import MissingPath, UserError, atomic
+from .core import MissingPath, UserError, atomic, check_unpacked
 from .dpn import DynamicPowerNorm
 from .images import check_size
 
@@ -188,16 +188,19 @@ def read_tensors(
     path = Path(path)
     if not path.is_file(): raise MissingPath(f'{path}: no such checkpoint file; check the path')
     try: state = _read_file(path)
+    except UserError: raise
     except _UNREADABLE as e: raise UserError(f'{path} is not a readable checkpoint ({type(e).__name__}); give a .safetensors file or a state dict written by torch.save') from e
     for key in ('model_state_dict', 'state_dict', 'model', 'teacher'):
         if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
     return tensors_only(state, path)
 
 # %% ../nbs/11_backbone.ipynb #1b0e7df1
-_UNREADABLE = (safetensors.SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, MemoryError, struct.error)
+_UNREADABLE = (safetensors.SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, MemoryError, struct.error, zipfile.BadZipFile)
 
 def _read_file(path):
     if path.suffix == '.safetensors': return safetensors.torch.load_file(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as z: check_unpacked(sum(i.file_size for i in z.infolist()), path, 'torch.save packs nothing: give the file as it was released')
     return torch.load(path, map_location='cpu', weights_only=True)
 
 def tensors_only(

@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .core import UserError, atomic, existing
+from .core import UserError, atomic, existing, regular
 from .geo import check_latlon
 from .photos import as_text, inside, list_images, numbers, photo_label, read_csv
 from .ranks import told
@@ -143,7 +143,7 @@ def part_size(
     processes:int, # that share the parts
 )->int: # images of a part
     "As many as the folder was begun with, else such that every process has a part."
-    try: return int(json.loads((out/'_job.json').read_text())['rows'])
+    try: return int(json.loads(regular(out/'_job.json').read_text())['rows'])
     except (OSError, ValueError, RecursionError, KeyError, TypeError): return max(1, min(ROWS, -(-n//processes)))
 
 def open_parts(
@@ -157,7 +157,8 @@ def open_parts(
         if out.exists() and any(not p.name.startswith('.') and p != path for p in out.iterdir()): raise UserError(f'{out}: holds files that are no parts of a description; choose another folder')
         with atomic(path) as part: part.write_text(json.dumps(job, indent=1))
         return
-    try: found = json.loads(path.read_text())
+    try: found = json.loads(regular(path, 'delete the folder to begin anew').read_text())
+    except UserError: raise
     except (ValueError, RecursionError): raise UserError(f'{path}: damaged; delete the folder to begin anew') from None
     other = [k for k in job if not isinstance(found, dict) or found.get(k) != job[k]]
     for p in out.glob('.[0-9]*-*'):                                                  # what a killed process left half written: nobody has touched it for an hour
@@ -188,7 +189,7 @@ def part_rows(
     path:Path, # *.npy or *.parquet
 )->int: # descriptors
     "Rows of a part. Raises `UserError` where it is damaged."
-    try: return len(np.load(path, mmap_mode='r', allow_pickle=False)) if path.suffix == '.npy' else pq.ParquetFile(path).metadata.num_rows
+    try: return len(np.load(regular(path), mmap_mode='r', allow_pickle=False)) if path.suffix == '.npy' else pq.ParquetFile(regular(path)).metadata.num_rows
     except damage() as e: raise UserError(f'{path}: damaged ({" ".join(str(e).split())[:80]}); delete it and give the same command again') from None
 
 def part_done(path): # whether a part is there and whole; one that is damaged is said, and made again

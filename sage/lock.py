@@ -10,7 +10,7 @@ import fcntl, json, os, platform, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .core import UserError
+from .core import UserError, regular
 from .run import naming
 
 # %% ../nbs/40_lock.ipynb #502cb0f5
@@ -71,7 +71,7 @@ def alone(
             lock.parent.rmdir() # only where a run never began
 
 def _read_lock(lock):
-    try: owner = json.loads(lock.read_text())
+    try: owner = json.loads(regular(lock).read_text())
     except (OSError, ValueError, RecursionError): return {}
     return owner if isinstance(owner, dict) and {'pid', 'host', 'started', 'since'} <= {*owner} and isinstance(owner['pid'], int) else {}
 

@@ -21,7 +21,7 @@ from huggingface_hub.utils import HFValidationError, HfHubHTTPError, LocalEntryN
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from .core import MissingPath, UserError, atomic, seed_of
+from .core import MissingPath, UserError, atomic, regular, seed_of
 from .dpn import full_precision
 from .images import check_size
 from .backbone import Backbone, explain_mismatch, fingerprint, make_vit, packaged_file, read_tensors, tensors_only
@@ -358,6 +358,7 @@ def read_checked(
 ) -> tuple: # (name → tensor, header)
     "What `write_checked` wrote. UserError where it is damaged; a file without a checksum is taken as it is."
     remedy = 'take an earlier checkpoint, or copy it again'
+    regular(path, remedy)
     try:
         with safetensors.safe_open(path, 'pt') as f: header = f.metadata() or {}
         tensors = load_file(path)

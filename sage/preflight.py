@@ -76,7 +76,7 @@ def doubles(
     limit:float = 50.,  # metres, 2 τ₁
 ) -> list:              # groups of paths with equal bytes and more than one place
     "Images that occur under several places, or far from themselves."
-    differs, groups = _differs(df, labelled, limit), _groups(dict.fromkeys(df.image), os.path.getsize)
+    differs, groups = _differs(df, labelled, limit), _groups(filter(os.path.isfile, dict.fromkeys(df.image)), os.path.getsize)
     for key in (partial(_hash, tail=4096), _hash): groups = [g for group in groups if differs(group) for g in _groups(group, key)]
     return [g for g in groups if differs(g)]
 

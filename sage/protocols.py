@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .core import MissingPath, UserError, existing
+from .core import MissingPath, UserError, existing, most_unpacked, regular
 from .places import make_table
 from .photos import IMAGE_SUFFIXES, below, list_images, read_csv
 from .formats import read_msls, utm_fields
@@ -162,7 +162,8 @@ def frame_positives(
 # %% ../nbs/41_protocols.ipynb #82c31cec
 def _json_pairs(path):
     "(query, reference) pairs of a json file."
-    try: found = json.loads(path.read_text(encoding='utf-8'))
+    try: found = json.loads(regular(path).read_text(encoding='utf-8'))
+    except UserError: raise
     except (ValueError, RecursionError) as e: raise UserError(f'{path} is not json: {e}') from None
     if not isinstance(found, dict) or not all(isinstance(rs, list) for rs in found.values()): raise UserError(f'{path} holds something else than {{"query.jpg": ["reference.jpg", …]}}')
     return [(q, r) for q, rs in found.items() for r in map(str, rs)]
@@ -241,22 +242,27 @@ def _read_folders(root, protocol, notes):
 # %% ../nbs/41_protocols.ipynb #51ca72aa
 MAT_PARTS = ('dbImage', 'utmDb', 'qImage', 'utmQ')
 MAT_READER = f"""
-import sys, numpy as np
+import os, resource, sys, numpy as np
 from scipy.io import loadmat
+if os.path.exists('/proc/self/statm'):
+    now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + int(sys.argv[3]), resource.RLIM_INFINITY))
 def plain(x): return x if (x := np.asarray(x)).dtype.kind in 'fiu' else x.astype(str)
 try:
     found = loadmat(sys.argv[1], simplify_cells=True, variable_names=['dbStruct']).get('dbStruct')
     np.savez(sys.argv[2], **{{k: plain(found[k]) for k in {MAT_PARTS} if isinstance(found, dict) and k in found}})
 except NotImplementedError: sys.exit('version 7.3')
+except MemoryError: sys.exit('too large')
 except Exception as e: sys.exit(' '.join(str(e).split())[:200] or type(e).__name__)
 """
 
 def _db_struct(path): # name → array, of those of `MAT_PARTS` that are there
     "By a process of its own, for a damaged file may be the end of the one that reads it."
     with TemporaryDirectory() as folder:
-        done = subprocess.run([sys.executable, '-c', MAT_READER, str(path), f'{folder}/found.npz'], capture_output=True, text=True, errors='replace')
+        done = subprocess.run([sys.executable, '-c', MAT_READER, str(regular(path)), f'{folder}/found.npz', str(most_unpacked(path))], capture_output=True, text=True, errors='replace')
         why = (done.stderr.strip().splitlines() or [''])[-1] if done.returncode == 1 else 'its reader crashed'
         if done.returncode and why == 'version 7.3': raise UserError(f"{path} is a MATLAB file of version 7.3; save it again in MATLAB with save(…, '-v7')")
+        if done.returncode and why == 'too large': raise UserError(f'{path}: {os.path.getsize(path):,} bytes that would fill more than {most_unpacked(path)/2**30:,.1f} GiB of memory; copy the file again')
         if done.returncode: raise UserError(f'{path} is not a MATLAB file this can read: {why}')
         with np.load(f'{folder}/found.npz', allow_pickle=False) as z: return dict(z)
 

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['LEFTOVER', 'FILES', 'SHAPES', 'PLACES', 'NODES', 'EDGES', 'CLIQUES', 'MORE', 'IS', 'ARE', 'KINDS', 'remove', 'sweep',
            'epoch_name', 'plain', 'naming', 'append_line', 'whole_bytes', 'read_lines', 'Run', 'write_json',
-           'check_config', 'whole_rows', 'epoch_file', 'damage', 'read_table', 'read_array', 'Answers',
-           'reduce_descriptors', 'answers_of', 'answer_arrays', 'checkpoint_paths', 'pause_path', 'Stopped']
+           'check_config', 'whole_rows', 'epoch_file', 'damage', 'read_npz', 'read_parquet', 'read_table', 'read_array',
+           'Answers', 'reduce_descriptors', 'answers_of', 'answer_arrays', 'checkpoint_paths', 'pause_path', 'Stopped']
 
 # %% ../nbs/30_run.ipynb #9128c816
-import json, os, re, shutil, struct, tokenize, uuid, zipfile, zlib
+import json, math, os, re, shutil, struct, tokenize, uuid, zipfile, zlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np, pandas as pd, pyarrow as pa
+import numpy as np, pandas as pd, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
 from fastcore.basics import patch
-from .core import UserError, MissingPath, atomic, existing, one_line, stream
+from .core import UserError, MissingPath, atomic, check_unpacked, existing, one_line, regular, stream
 from .places import COLUMNS, check_table
 
 # %% ../nbs/30_run.ipynb #73d7f3de
@@ -98,7 +98,7 @@ def read_lines(
     path:Path, # a file of JSON lines; absent counts as empty
 ) -> list:     # one dict for each whole line
     "The rows of a JSON-lines file. A last line without its newline is ignored; a damaged line inside raises UserError with its number."
-    if not Path(path).exists(): return []
+    if not regular(path, 'copy the run again').exists(): return []
     rows, whole = [], Path(path).read_bytes().split(b'\n')[:-1]
     for i, line in enumerate(whole, 1):
         try: row = json.loads(line)
@@ -265,6 +265,42 @@ def damage() -> tuple: # of exceptions
     "What readers of parquet, npy and npz, and whoever uses what they read, raise on bytes that nobody wrote."
     return (OSError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError, AttributeError, SyntaxError, tokenize.TokenError, struct.error, zlib.error, zipfile.BadZipFile, pa.ArrowException)
 
+# %% ../nbs/30_run.ipynb #nd8b4da0
+_HEADS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+def read_npz(
+    path, # *.npz
+) -> dict: # name → array
+    "The arrays of an .npz, never unpickled. Raises UserError before they would take more memory than such a file may; one of `damage` where it is none."
+    found, size = {}, 0
+    with zipfile.ZipFile(regular(path, 'copy the run again')) as z:
+        for entry in z.infolist():
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): raise ValueError('packed in another way than numpy does')
+            with z.open(entry) as f:
+                shape, _, kind = _HEADS[np.lib.format.read_magic(f)](f)
+                size += math.prod(shape) * kind.itemsize
+                check_unpacked(size, path, 'copy the run again')
+                f.seek(0)
+                found[entry.filename.removesuffix('.npy')] = np.lib.format.read_array(f, allow_pickle=False)
+    return found
+
+def read_parquet(
+    path, # *.parquet
+    remedy='copy the run again', # what the user can do where it is none of ours
+) -> pd.DataFrame:
+    "A flat table. Raises UserError before it would take more memory than such a file may; one of `damage` where it is none."
+    told = pq.ParquetFile(regular(path, remedy))
+    columns, parts = list(told.schema), [told.metadata.row_group(i) for i in range(told.metadata.num_row_groups)]
+    if any(c.name != c.path for c in columns): raise ValueError('a table within a table')
+    width = {c.name: max(8, c.length) for c in columns}
+    size = sum(max(p.column(i).total_uncompressed_size, width[c.name] * max(p.num_rows, p.column(i).num_values)) for p in parts for i, c in enumerate(columns))
+    check_unpacked(size, path, remedy)
+    texts = [c.name for c in columns if c.physical_type == 'BYTE_ARRAY']
+    for column in pq.ParquetFile(path, read_dictionary=texts).read(columns=texts).columns if texts else ():
+        size += sum(pc.sum(pc.take(pc.binary_length(c.dictionary), c.indices)).as_py() or 0 for c in column.chunks if pa.types.is_dictionary(c.type))
+    check_unpacked(size, path, remedy)
+    return pd.read_parquet(path)
+
 # %% ../nbs/30_run.ipynb #e4a70d35
 PLACES = {c: dict(str='text', int64='whole', float64='number')[t] for c, t in COLUMNS.items()}
 NODES = dict(node='row', city='text', place='whole', easting='number', northing='number', lat='number', lon='number', image='text', seed_score='number')
@@ -281,7 +317,8 @@ def read_table(
     columns:dict={}, # name → kind, one of `IS`
 ) -> pd.DataFrame:
     "One table of a run. Raises UserError where the file is damaged, or holds another table than one with these columns."
-    try: df = pd.read_parquet(path).reset_index(drop=True)
+    try: df = read_parquet(path).reset_index(drop=True)
+    except UserError: raise
     except damage() as e: raise UserError(f'{path}: damaged, not readable as parquet ({_short(e)}); copy the run again') from None
     if not len(df): return df.assign(**{c: pd.Series(dtype=dict(text=object, number=float).get(kind, int)) for c, kind in columns.items() if c not in df})
     if not df.columns.is_unique: raise UserError(f'{path}: damaged, a column occurs twice; copy the run again')
@@ -296,8 +333,9 @@ def read_array(
 ):
     "Arrays of an epoch, never unpickled: descriptors memory-mapped, attention as a dict. Raises UserError where the file is damaged."
     try:
-        if path.suffix == '.npy': return np.load(path, mmap_mode='r', allow_pickle=False)
-        with np.load(path, allow_pickle=False) as z: return {k: z[k] for k in z.files}
+        if path.suffix == '.npy': return np.load(regular(path, 'copy the run again'), mmap_mode='r', allow_pickle=False)
+        return read_npz(path)
+    except UserError: raise
     except damage() as e: raise UserError(f'{path}: damaged, not readable ({_short(e)}); copy the run again') from None
 
 def _short(error): return ' '.join(str(error).split())[:120] or type(error).__name__

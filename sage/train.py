@@ -16,7 +16,7 @@ import lightning as L, numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from torch.utils.data import default_collate
-from .core import MissingPath, UserError, one_line, pick_device, pick_precision, seed_of
+from .core import MissingPath, UserError, one_line, pick_device, pick_precision, regular, seed_of
 from .places import check_table
 from .images import check_size, eval_transform, train_transform
 from .prefix import PrefixCache
@@ -385,10 +385,11 @@ def read_failed(
 ) -> dict: # epoch, step, rows: source → [P, K] rows of its table; described: whether they were only described, not trained with
     "What was kept of the batch at which a training stopped. Raises UserError where the file is damaged."
     try:
-        failed = json.loads(path.read_text())
+        failed = json.loads(regular(path).read_text())
         rows = {n: np.array(r, dtype=np.int64) for n, r in failed['rows'].items()}
         if not rows or any(r.ndim != 2 or r.size == 0 for r in rows.values()): raise ValueError('its rows are no batch')
         return dict(epoch=int(failed['epoch']), step=int(failed['step']), rows=rows, described=failed.get('described') is True)
+    except UserError: raise
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e: raise UserError(f'{path}: damaged ({e}); resume the run to stop there again') from None
 
 def described_again(settings, model, name, table, rows): # the table of `again`, of images that were described for mining, a graph or recall

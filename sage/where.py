@@ -20,13 +20,13 @@ import torch
 from scipy.spatial import cKDTree
 from torch import nn
 
-from .core import MissingPath, UserError, atomic, existing, stream
+from .core import MissingPath, UserError, atomic, existing, regular, stream
 from .feed import autocast, bar
 from .geo import to_latlon
 from .images import check_size, eval_transform, load_image
 from .model import create_sage
 from .photos import find_photo_csv, read_photos
-from .run import damage
+from .run import damage, read_parquet
 
 # %% ../nbs/46_where.ipynb #9f74fede
 def packaged_model() -> tuple: # (model, what it is in words, image size)
@@ -200,7 +200,7 @@ _FLAT = struct.Struct('<4siq16x?iQ')   # a flat index in a file: kind, D, n, tra
 
 def _is_flat(path, n, dim):
     "Whether a file is a flat index of `n` descriptors and nothing else. FAISS trusts what it reads, and some damaged files would end the process."
-    with open(path, 'rb') as f: head = f.read(_FLAT.size)
+    with open(regular(path, 'make it again with --rebuild'), 'rb') as f: head = f.read(_FLAT.size)
     return os.stat(path).st_size == _FLAT.size + 4*n*dim and _FLAT.unpack(head) == (b'IxF2', dim, n, True, faiss.METRIC_L2, n*dim)
 
 def _opened(root, folder, about):
@@ -209,7 +209,7 @@ def _opened(root, folder, about):
     try:
         for name, size in about['bytes'].items():
             if os.stat(folder/name).st_size != size: raise harm(f'{name} has not {size:,} bytes')
-        files = pd.read_parquet(folder/about['files'])
+        files = read_parquet(folder/about['files'], 'make it again with --rebuild')
         if not _is_files(files) or not _is_flat(folder/about['index'], int((files.reason == '').sum()), about['dim']): raise harm('its parts do not belong together')
         index = faiss.read_index(str(folder/about['index']), faiss.IO_FLAG_MMAP_IFC)
     except UserError: raise

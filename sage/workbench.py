@@ -27,7 +27,7 @@ def last_row(
     path, # a file of JSON lines
 ) -> dict: # its last whole line; {} where there is none
     "The newest metrics without reading them all."
-    if not path.exists(): return {}
+    if not path.is_file(): return {}
     with open(path, 'rb') as f:
         f.seek(max(0, f.seek(0, 2) - 65536))
         lines = f.read().split(b'\n')[:-1]

@@ -255,3 +255,74 @@ def test_kill_while_writing(run):
         assert len(epochs) - len(run.metrics()) in (0, 1)
         run.truncate(-1)
         assert not run.epochs() and not list((run.path/'epochs').iterdir())
+
+def bomb(path, size=1_500_000_000, told=None):
+    "An .npz of zeros, one array of `size` bytes in 1.5 MB; `told`: what the zip says its size is."
+    import io, struct, zipfile
+    head = io.BytesIO(); np.lib.format.write_array_header_1_0(head, dict(descr='|u1', fortran_order=False, shape=(size,)))
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as z:
+        with z.open('beta.npy', 'w', force_zip64=True) as f:
+            f.write(head.getvalue())
+            for _ in range(size // 10_000_000): f.write(bytes(10_000_000))
+    if told is not None:
+        data = bytearray(path.read_bytes()); at = data.rindex(b'PK\x01\x02')
+        data[at + 24:at + 28] = struct.pack('<I', told); path.write_bytes(data)
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from sage.core import UserError
+from sage.run import Run
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try: getattr(Run(sys.argv[1]), sys.argv[2])()
+except UserError as e: print(e)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+def refused(run, what, root):
+    "(what is said, KB of memory that it took) of reading a part of a run."
+    done = subprocess.run([sys.executable, '-c', PEAK, str(run.path), what], capture_output=True, text=True, cwd=root, timeout=120)
+    assert not done.returncode, done.stderr
+    said, _, took = done.stdout.strip().rpartition('\n')
+    return said, int(took)
+
+def test_small_files_that_would_fill_the_memory(run, root):
+    "Zeros in attention.npz, one name for many rows in a table: refused before the memory is taken."
+    import pyarrow as pa, pyarrow.parquet as pq
+    folder = run.write_epoch(0, *tables())
+    bomb(folder/'attention.npz')
+    said, took = refused(run, 'attention', root)
+    assert (folder/'attention.npz').stat().st_size < 2e6 and 'attention.npz: 1,4' in said and 'would fill 1.4 GiB of memory, more than the 1.0 GiB such a file may; copy the run again' in said and took < 100_000, (said, took)
+    bomb(folder/'attention.npz', told=5000)
+    said, took = refused(run, 'attention', root)
+    assert 'attention.npz' in said and 'copy the run again' in said and took < 100_000
+    n = 200_000_000 // 8
+    for table in (dict(node=pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int8)), pa.array(['x'*1000]))), {f'c{i}': pa.array(np.zeros(n, np.int64)) for i in range(6)}):
+        pq.write_table(pa.table(table), folder/'nodes.parquet')
+        said, took = refused(run, 'nodes', root)
+        assert 'nodes.parquet' in said and 'of memory, more than the 1.0 GiB such a file may; copy the run again' in said and took < 600_000, (said, took)
+
+def test_what_lies_about_its_size(run, tmp_path):
+    "The zip says little, or the array much: neither is unpacked further than is allowed."
+    path = run.write_epoch(0, *tables())/'attention.npz'
+    bomb(path, 10_000_000, told=200)
+    with pytest.raises(UserError, match='attention.npz: damaged'): run.attention()
+    np.savez_compressed(path, a=np.zeros((3, 4)), b=np.arange(5)); assert [v.shape for v in run.attention().values()] == [(3, 4), (5,)]
+    np.savez(path, a=np.array([{}], dtype=object))
+    with pytest.raises(UserError, match='attention.npz: damaged'): run.attention()
+
+@pytest.mark.parametrize('name, read', [('metrics.jsonl', lambda r: r.metrics()), ('epochs/0000/nodes.parquet', lambda r: r.nodes()), ('epochs/0000/edges.parquet', lambda r: r.edges()), ('epochs/0000/attention.npz', lambda r: r.attention()),
+    ('epochs/0000/answers.npz', lambda r: r.answers()), ('epochs/0000/descriptors.npy', lambda r: r.descriptors()), ('config.json', lambda r: r.config), ('tables/00.parquet', lambda r: r.table())])
+@pytest.mark.parametrize('kind', ['pipe', 'folder', 'device'])
+def test_what_is_no_file(tmp_path, name, read, kind):
+    "A pipe would let the reader wait for ever."
+    run = Run.create(tmp_path/'run', {}, dict(mined=make_table(image=['a.jpg'], place=0, easting=0., northing=0.)))
+    run.write_epoch(0, *tables(), attention=dict(beta=np.zeros(3)), answers=dict(a=some_answers())); run.log(epoch=0)
+    path = run.path/name; path.unlink()
+    dict(pipe=os.mkfifo, folder=os.mkdir, device=lambda p: os.symlink('/dev/zero', p))[kind](path)
+    with pytest.raises(UserError, match='is in the place of this file|is not a file'): read(run)
+    path.rmdir() if kind == 'folder' else path.unlink()
+
+def test_a_link_to_a_file_is_followed(run, tmp_path):
+    run.log(epoch=0); (run.path/'metrics.jsonl').rename(tmp_path/'m'); (run.path/'metrics.jsonl').symlink_to(tmp_path/'m')
+    assert len(run.metrics()) == 1
