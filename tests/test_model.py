@@ -602,3 +602,13 @@ def test_a_header_whose_settings_are_some(tmp_path):
     for settings in ({}, dict(eval_size=None), dict(eval_size=322), dict(eval_size=[56, 84]), dict(eval_size=57)):
         save_sage(create_sage('sage_nano', pretrained=False, probes=4, probe_dim=4, token_dim=4), tmp_path/'m.safetensors', dict(settings=settings))
         assert read_header(tmp_path/'m.safetensors')['config']['settings'] == settings
+
+def test_a_packed_pth_of_zeros(tmp_path, monkeypatch):
+    "torch.save packs nothing; what somebody packed afterwards may be any size. (The limit is lowered, for a test may not take a gigabyte.)"
+    import zipfile
+    monkeypatch.setattr('sage.core.MOST', 2**22)
+    torch.save({'w': torch.zeros(5_000_000)}, tmp_path/'a.pth')
+    assert read_tensors(tmp_path/'a.pth')['w'].shape == (5_000_000,)
+    with zipfile.ZipFile(tmp_path/'a.pth') as z, zipfile.ZipFile(tmp_path/'b.pth', 'w', zipfile.ZIP_DEFLATED) as packed:
+        for i in z.infolist(): packed.writestr(i.filename, z.read(i))
+    with pytest.raises(UserError, match='b.pth: .* bytes that would fill 0.0 GiB of memory, .*torch.save packs nothing'): read_tensors(tmp_path/'b.pth')

@@ -10,7 +10,7 @@ from scipy.io import savemat
 from sage.core import MissingPath, UserError
 from sage.geo import to_utm
 from sage.places import make_table
-from sage.protocols import (EvalSet, PROTOCOLS, count_note, folder_protocol, folder_table, frame_numbers, frame_positives, get_protocol, keep_rows, load_benchmark, read_positives)
+from sage.protocols import (EvalSet, PROTOCOLS, count_note, folder_protocol, folder_table, frame_numbers, frame_positives, get_protocol, keep_rows, load_benchmark, read_mat, read_positives)
 from sage.retrieval import positives_within
 
 
@@ -263,3 +263,18 @@ def test_two_sets_of_one_name(tmp_path):
     for f in ('a', 'b'): utm_set(tmp_path/f/'town', ['@500000@5000000@17@S@.png', '@500100@5000000@17@S@.png'], ['@500001@5000000@17@S@.png'])
     for read in (lambda paths: validation_tables(paths, progress=False), lambda paths: evaluation_sets(paths, progress=False)):
         with pytest.raises(UserError, match="another set is called 'town', too"): read([str(tmp_path/'a'/'town'), str(tmp_path/'b'/'town')])
+
+def test_a_struct_of_zeros_does_not_fill_the_memory(tmp_path, monkeypatch):
+    "160 MB in 160 kB; the limit is lowered, for a test may not take a gigabyte."
+    monkeypatch.setattr('sage.core.MOST', 2**26)
+    path = tmp_path/'pitts30k_test.mat'
+    struct = lambda n: dict(dbStruct=dict(dbImage=np.array(['a.jpg'], dtype=object), utmDb=np.zeros((2, n)), qImage=np.array(['q.jpg'], dtype=object), utmQ=np.zeros((2, 1))))
+    savemat(path, struct(10_000_000), do_compression=True)
+    with pytest.raises(UserError, match=f'{path}: 15.,... bytes that would fill more than 0.1 GiB of memory; copy the file again'): read_mat(path, tmp_path)
+    savemat(path, struct(1), do_compression=True)
+    assert len(read_mat(path, tmp_path)[0]) == 1
+
+@pytest.mark.parametrize('name', ['positives.json', 'positives.csv', 'pitts30k_test.mat'])
+def test_a_pipe_in_the_place_of_a_file(tmp_path, name):
+    os.mkfifo(tmp_path/name)
+    with pytest.raises(UserError, match=f'{name}: a pipe or a device is in the place|{name} is not a file'): read_mat(tmp_path/name, tmp_path) if name.endswith('.mat') else read_positives(tmp_path/name, ['a.jpg'], ['q.jpg'])

@@ -205,6 +205,16 @@ def test_a_link_out_of_the_tree(tmp_path):
     assert load_image(tmp_path/'photos'/'link.jpg').size == (84, 56)
 
 
+def test_pipes_and_devices_in_a_folder_of_photographs(tmp_path):
+    "Nothing waits for them: they are left out by name, and no csv."
+    from sage.preflight import doubles
+    for i, name in enumerate(('a.jpg', 'b.jpg', 'c.csv')): os.mkfifo(tmp_path/name)
+    (tmp_path/'d.png').symlink_to('/dev/zero'); (tmp_path/'e.jpg').write_bytes(b'')
+    with pytest.raises(UserError, match='none of the 4 images can be placed'): read_photos(tmp_path)
+    df = make_table(image=[str(tmp_path/n) for n in ('a.jpg', 'b.jpg', 'd.png', 'e.jpg')], place=[0, 1, 2, 3], easting=[0., 900, 1800, 2700], northing=0.)
+    assert doubles(df) == []
+    with pytest.raises(UserError, match='none of the 4 images'): scan_images(df)
+
 def test_linked_folders(tmp_path):
     "Entered, once each: two links to one folder, and links in a circle."
     a, b = tmp_path/'a', tmp_path/'b'
