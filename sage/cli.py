@@ -89,7 +89,7 @@ def sage_train(argv):
     if args.dry_run: return print(memory_report(settings, max(1, len(args.data or ()))))
     folder = new_run(args.run or f'runs/{settings.strategy}-{settings.seed}', args.resume or me['rank'] > 0)
     if settings.devices * settings.num_nodes > 1 and me['size'] == 1:
-        if failed := launch([sys.executable, '-m', 'sage.cli', 'train', *argv], settings.devices, settings.num_nodes): raise SystemExit(failed)
+        if failed := launch([sys.executable, '-m', 'sage.start', 'train', *argv], settings.devices, settings.num_nodes): raise SystemExit(failed)
         return
     with joined(settings.device): train_together(args, settings, folder)
 

@@ -249,7 +249,7 @@ def sage_describe(argv):
     df = image_list(args.images)
     if several: parts = args.parts or part_size(out, len(df), max(me['size'], args.devices * args.num_nodes))
     if several and me['size'] == 1:
-        if failed := launch([sys.executable, '-m', 'sage.cli', 'describe', *argv], args.devices, args.num_nodes): raise SystemExit(failed)
+        if failed := launch([sys.executable, '-m', 'sage.start', 'describe', *argv], args.devices, args.num_nodes): raise SystemExit(failed)
     else: describe_here(args, df, out, parts)
     if parts and not me['rank'] and not launched():                                   # torchrun says nothing itself
         n, rows, left_out = parts_summary(out)

@@ -381,3 +381,43 @@ def test_what_would_be_ignored_is_refused(argv, says, tmp_path, monkeypatch, cap
     Run.create(tmp_path/'RUN', dict(settings=dict(seed=0))); Image.new('RGB', (28, 28)).save('a.png')
     code, out, err = run(*argv, capsys=capsys)
     assert code == 2 and says in err and len(err.strip().splitlines()) == 1, err
+
+SIGNALLED = """
+import importlib.abc, os, signal, sys
+class Listening(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *more):
+        if name == {module!r}: os.kill(os.getpid(), {number})
+sys.meta_path.insert(0, Listening())
+sys.argv = ['x', '--help']
+from sage.start import {command}
+sys.exit({command}())
+"""
+
+@pytest.mark.parametrize('command, module', [*((f'sage_{name}', 'numpy') for name in cli.COMMANDS), ('sage_train', 'sage.command')])
+def test_ctrl_c_while_a_command_is_imported(root, command, module):
+    "What a console script does, and SIGINT at the moment when the first, or one of the last modules is asked for."
+    code = SIGNALLED.format(module=module, number=int(signal.SIGINT), command=command)
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=root)
+    assert (done.returncode, done.stderr, done.stdout) == (130, f'{command}: interrupted\n', '')
+
+def test_what_a_shell_starts(root):
+    "Every console script begins in the light module, which imports nothing large; a shell's own SIGINT handling is kept."
+    sys.path.insert(0, str(root/'tools'))
+    from command import commands
+    from sage.start import HOME
+    assert commands() == {name: f'sage.start:{name}' for name in HOME} and {n.removeprefix('sage_') for n in HOME} == set(cli.COMMANDS)
+    out = subprocess.run([sys.executable, '-c', 'import sage.start, sys; print(*{"numpy", "torch", "pandas", "fastcore"} & {*sys.modules})'], capture_output=True, text=True, cwd=root).stdout
+    assert out.strip() == ''
+    code = 'import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n' + SIGNALLED.format(module='numpy', number=int(signal.SIGINT), command='sage_report')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0 and 'usage: sage_report' in done.stdout and not done.stderr
+
+@pytest.mark.parametrize('name, value', [('NUMBA_NUM_THREADS', '0'), ('NUMBA_NUM_THREADS', 'abc'), ('NUMBA_NUM_THREADS', '-1'), ('NUMBA_NUM_THREADS', '4,2'), ('OMP_NUM_THREADS', '0'), ('OMP_NUM_THREADS', 'abc'), ('OMP_NUM_THREADS', '4,,2'), ('OMP_NUM_THREADS', '1e3\n')])
+def test_no_number_of_threads(root, name, value):
+    done = subprocess.run([sys.executable, root/'tools'/'command.py', 'sage_train', '--help'], capture_output=True, text=True, env=os.environ | {name: value})
+    assert (done.returncode, done.stdout) == (2, '') and done.stderr == f'sage_train: {name} is {ascii(value.strip())} in the environment, which is no number of threads; set it to 1 or more, or unset it\n'
+
+@pytest.mark.parametrize('threads', [dict(NUMBA_NUM_THREADS='', OMP_NUM_THREADS=''), dict(NUMBA_NUM_THREADS=' 2', OMP_NUM_THREADS='4, 2')])
+def test_a_number_of_threads(root, threads):
+    done = subprocess.run([sys.executable, root/'tools'/'command.py', 'sage_train', '--help'], capture_output=True, text=True, env=os.environ | threads)
+    assert done.returncode == 0 and not done.stderr
