@@ -192,7 +192,8 @@ def sage_where(argv):
     note(f'answering: {name}, at {side[0]}x{side[1]} pixels')
     m = update_map(args.map, model, side, name, args.csv, args.index, args.rebuild, args.batch_size, not args.quiet, args.radius)
     for line in [*(unread_csvs(m.root) if m.about['exif'] else ()), *about_map(m)]: note(line)
-    not_too_many([(i, f'{m.root/i}: {why}') for i, why in m.left_out if ' position' not in why], len(m.files), args.max_bad, m.root)
+    unplaced = {*m.unplaced}
+    not_too_many([(i, f'{m.root/i}: {why}') for i, why in m.left_out if i not in unplaced], len(m.files), args.max_bad, m.root)
     asked = ask_photos(m, model, args.photos, args.top, args.batch_size)
     if args.page: write_page(args.page, where_page(m, asked, name)); note(f'written: {args.page}')
     if args.json: print(json.dumps(dict(model=name, size=list(side), map=str(m.root), photographs=m.index.ntotal, left_out=m.left_out, threshold=_threshold(m), photos=[for_programs(a) for a in asked]), indent=1, allow_nan=False))

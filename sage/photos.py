@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'DISKS_OWN', 'FORMATS', 'TURNS', 'MOST_PIXELS', 'as_text', 'image_names', 'list_images',
            'locate_images', 'read_csv', 'numbers', 'bearings', 'check_metres', 'whole_numbers', 'check_unique',
-           'image_errors', 'open_image', 'photo_label', 'rgb', 'upright', 'below', 'inside', 'find_photo_csv',
-           'unread_csvs', 'read_photos']
+           'image_errors', 'open_image', 'NoPosition', 'photo_label', 'rgb', 'upright', 'below', 'inside',
+           'find_photo_csv', 'unread_csvs', 'read_photos']
 
 # %% ../nbs/03_photos.ipynb #5af460f8
 import os, re, struct, warnings
@@ -223,16 +223,19 @@ def _degrees(values, half):
     values = values if isinstance(values, (tuple, list)) else (values,)
     return sign * sum(float(v)/60**i for i, v in enumerate(values))
 
+class NoPosition(UserError):
+    "A photograph that can be read, and does not say where it was taken."
+
 def photo_label(
     path, # image file with EXIF
 ) -> dict: # lat, lon, heading (degrees; NaN unknown), time
-    "Position, heading and time from EXIF (Exif 2.32, section 4.6.6). Raises `UserError` naming the file where there is no position."
+    "Position, heading and time from EXIF (Exif 2.32, section 4.6.6). Raises `NoPosition` naming the file where there is none, `UserError` where it cannot be read."
     with open_image(path) as image, image_errors(path, 'damaged EXIF'):
         exif = image.getexif()
         gps, taken = exif.get_ifd(0x8825), exif.get_ifd(0x8769).get(0x9003) or exif.get(0x0132) or ''
-        if 2 not in gps or 4 not in gps: raise UserError(f'{path}: no GPS position in EXIF')
+        if 2 not in gps or 4 not in gps: raise NoPosition(f'{path}: no GPS position in EXIF')
         lat, lon, heading = _degrees(gps[2], gps.get(1)), _degrees(gps[4], gps.get(3)), float(gps.get(17, np.nan)) % 360 % 360 # twice: the remainder of a tiny negative number is 360
-    if not (abs(lat) <= 90 and abs(lon) <= 180) or lat == lon == 0: raise UserError(f'{path}: the GPS position in EXIF is no position ({lat:.6g}, {lon:.6g})' + '; latitude and longitude may be swapped' * (90 < abs(lat) <= 180 and abs(lon) <= 90))
+    if not (abs(lat) <= 90 and abs(lon) <= 180) or lat == lon == 0: raise NoPosition(f'{path}: the GPS position in EXIF is no position ({lat:.6g}, {lon:.6g})' + '; latitude and longitude may be swapped' * (90 < abs(lat) <= 180 and abs(lon) <= 90))
     return dict(lat=lat, lon=lon, heading=heading, time=_iso(str(taken)))
 
 def _iso(text):
@@ -289,7 +292,7 @@ def _metres(lat, lon, name):
     return dict(easting=easting, northing=northing, zone=zones, city=[f'{name} {z}' for z in zones])
 
 def _read_exif(root, known):
-    "Table of all photographs below `root` that have a position, and a list of (path, reason) of those that have none."
+    "Table of all photographs below `root` that have a position, and a list of (path, why it is left out, a `UserError`) of the others."
     paths = list_images(root)
     if not paths: raise UserError(f'{root} holds no images (names ending in {", ".join(sorted(IMAGE_SUFFIXES))}); check the path')
     _heif()
@@ -297,14 +300,14 @@ def _read_exif(root, known):
         warnings.simplefilter('ignore') # Pillow warns of damaged EXIF; here it becomes a reason, or does no harm
         labels = list(pool.map(lambda p: known[p] if p in known else _label_or_reason(p), paths))
     good = [i for i, label in enumerate(labels) if isinstance(label, dict)]
-    left_out = [(p, label) for p, label in zip(paths, labels) if isinstance(label, str)]
+    left_out = [(p, label) for p, label in zip(paths, labels) if isinstance(label, UserError)]
     if not good: raise UserError(f'{root}: none of the {len(paths):,} images can be placed ({left_out[0][1]}); give a csv with the columns path, lat, lon')
     lat, lon, heading, taken = ([labels[i][c] for i in good] for c in ('lat', 'lon', 'heading', 'time'))
     return fill_table(image=[paths[i] for i in good], heading=heading, time=taken, **_metres(np.array(lat), np.array(lon), root.name)), left_out
 
 def _label_or_reason(path):
     try: return photo_label(path)
-    except UserError as e: return str(e)
+    except UserError as e: return e
 
 # %% ../nbs/03_photos.ipynb #025a79e6
 def below(
@@ -360,7 +363,7 @@ def _one_plane(easting, northing, zone, name, csv):
     return _metres(lat, lon, name) if zone.nunique() > 1 else dict(easting=easting, northing=northing, zone=zone, city=name)
 
 def _read_photo_csv(root, csv):
-    "Table of the photographs that a csv names, whether it names places, and a list of (path, reason) of those without a position."
+    "Table of the photographs that a csv names, whether it names places, and a list of (path, `NoPosition`) of those without a position."
     df = read_csv(csv, 'path')
     if not len(df): raise UserError(f'{csv} has no rows; expected one for each photograph')
     image = inside(root, df['path'].str.strip().tolist(), csv)
@@ -370,7 +373,7 @@ def _read_photo_csv(root, csv):
     pair = ['lat', 'lon'] if degrees else ['easting', 'northing']
     blank = (df[pair].apply(lambda c: c.str.strip()) == '').all(axis=1).to_numpy()
     zero = (df[pair].apply(pd.to_numeric, errors='coerce') == 0).all(axis=1).to_numpy() & degrees
-    left_out, good = [(p, f'{p}: 0, 0 in {csv.name} is no position' if z else f'{p}: no position in {csv.name}') for p, b, z in zip(image, blank, zero) if b or z], ~(blank | zero)
+    left_out, good = [(p, NoPosition(f'{p}: 0, 0 in {csv.name} is no position' if z else f'{p}: no position in {csv.name}')) for p, b, z in zip(image, blank, zero) if b or z], ~(blank | zero)
     df, image = df[good], [p for p, g in zip(image, good) if g]
     if not len(df): raise UserError(f'{csv}: none of its {len(left_out):,} rows has a position; fill in {pair[0]} and {pair[1]}')
     first, second = (numbers(df, c, csv) for c in pair)
@@ -405,8 +408,8 @@ def read_photos(
     csv=None,      # csv with path and lat, lon (or easting, northing); None: the one in `root` with a column path, else EXIF
     method='grid', # how places are made, see `make_places`
     size=25.,      # metres
-    known={},      # path → its `photo_label`, or the reason why it has none: files that need not be opened again
-) -> pd.DataFrame: # attrs['left_out']: list of (path, reason)
+    known={},      # path → its `photo_label`, or the `NoPosition` that this raised: files that need not be opened again
+) -> pd.DataFrame: # attrs['left_out']: list of (path, reason); attrs['unplaced']: those of these paths that can be read and have no position
     "Photographs with GPS in EXIF, or with a csv, as a table of places. One without a position is left out and listed. Raises `UserError` where none is left."
     root, left_out, placed = existing(root), [], False
     csv = existing(csv, 'file') if csv else find_photo_csv(root)
@@ -415,5 +418,5 @@ def read_photos(
     check_table(df, csv or root)
     for _, rows in df.groupby('city').indices.items():
         if not placed: df.loc[rows, 'place'] = make_places(df.easting[rows], df.northing[rows], method, size)
-    df.attrs['left_out'] = left_out
+    df.attrs |= dict(left_out=[(p, str(why)) for p, why in left_out], unplaced=[p for p, why in left_out if isinstance(why, NoPosition)])
     return df

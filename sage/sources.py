@@ -63,9 +63,8 @@ def readable(
 )->pd.DataFrame: # without images that cannot be decoded
     "Leave out what cannot be read, and say so on stderr. `UserError` where nothing is left."
     good, bad = scan_images(df, progress) if scan else (df, [])
-    left = df.attrs.get('left_out', [])                                                     # photographs that the table could not take in
-    unplaced = lambda x: ' position' in x[1].removeprefix(f'{x[0]}: ')                      # (the word may stand in a path, too)
-    nowhere, bad, n = [*filter(unplaced, left)], bad + [x for x in left if not unplaced(x)], len(df) + len(left)
+    left, unplaced = df.attrs.get('left_out', []), {*df.attrs.get('unplaced', ())}          # photographs that the table could not take in
+    nowhere, bad, n = [x for x in left if x[0] in unplaced], bad + [x for x in left if x[0] not in unplaced], len(df) + len(left)
     not_too_many(bad, n, max_bad, name)
     for found, why in ((bad, 'cannot be read'), (nowhere, 'have no position')):
         if found: print(f'{name}: {len(found):,} of {n:,} images {why} and are left out: {shown(found)}', file=sys.stderr)

@@ -25,7 +25,7 @@ from .feed import autocast, bar
 from .geo import to_latlon
 from .images import check_size, eval_transform, load_image
 from .model import create_sage
-from .photos import find_photo_csv, read_photos
+from .photos import NoPosition, find_photo_csv, read_photos
 from .run import damage, read_parquet
 
 # %% ../nbs/46_where.ipynb #9f74fede
@@ -166,7 +166,7 @@ class PhotoMap:
     root:Path          # folder of the photographs
     folder:Path        # where the index is kept
     about:dict         # format, model, name, size, dim, radius, calibration
-    files:pd.DataFrame # every photograph: image (relative), bytes, changed, sha, reason; columns of a places table; lat, lon
+    files:pd.DataFrame # every photograph: image (relative), bytes, changed, sha, reason, unplaced (1: that is the reason); columns of a places table; lat, lon
     index:faiss.Index  # descriptors of those without a reason, in order; memory-mapped
 
     @property
@@ -175,6 +175,9 @@ class PhotoMap:
     @property
     def left_out(self) -> list: # (path, reason)
         return list(self.files.loc[self.files.reason != '', ['image', 'reason']].itertuples(index=False, name=None))
+    @property
+    def unplaced(self) -> list: # of those left out, the paths of those that can be read and have no position
+        return self.files.image[self.files.unplaced == 1].tolist()
     @property
     def xyz(self) -> np.ndarray: # metres [N, 3]
         return in_space(self.photos)
@@ -210,6 +213,7 @@ def _opened(root, folder, about):
         for name, size in about['bytes'].items():
             if os.stat(folder/name).st_size != size: raise harm(f'{name} has not {size:,} bytes')
         files = read_parquet(folder/about['files'], 'make it again with --rebuild')
+        if 'unplaced' not in files: files['unplaced'] = files.reason.str.contains(' position').astype(int)      # of an older version
         if not _is_files(files) or not _is_flat(folder/about['index'], int((files.reason == '').sum()), about['dim']): raise harm('its parts do not belong together')
         index = faiss.read_index(str(folder/about['index']), faiss.IO_FLAG_MMAP_IFC)
     except UserError: raise
@@ -219,7 +223,7 @@ def _opened(root, folder, about):
         raise harm(' '.join(str(e).split())[:80]) from None
     return PhotoMap(root, folder, about, files, index)
 
-_KINDS = dict(image='text', bytes='i', changed='i', sha='text', reason='text', lat='f', lon='f', easting='f', northing='f', zone='text', city='text', place='i', heading='f', time='text')
+_KINDS = dict(image='text', bytes='i', changed='i', sha='text', reason='text', lat='f', lon='f', easting='f', northing='f', zone='text', city='text', place='i', heading='f', time='text', unplaced='i')
 _FILE_COLUMNS = tuple(_KINDS)
 
 def _is_files(files):
@@ -298,8 +302,8 @@ def _stat(path):
 def _labels(known, old):
     "Positions, or reasons why there are none, that were read in EXIF before; of files that are as they were."
     if not known or not old.about.get('exif'): return {}
-    rows = ((key, f) for key, f in zip(known, old.files.itertuples()) if np.isfinite(f.lat) or ' position' in f.reason)          # any other reason may have gone: a package is installed, a disk is back
-    return {path: dict(lat=f.lat, lon=f.lon, heading=f.heading, time=f.time) if np.isfinite(f.lat) else f'{path}: {f.reason}' for (path, *stat), f in rows if os.path.exists(path) and _stat(path) == (path, *stat)}
+    rows = ((key, f) for key, f in zip(known, old.files.itertuples()) if np.isfinite(f.lat) or f.unplaced)          # any other reason may have gone: a package is installed, a disk is back
+    return {path: dict(lat=f.lat, lon=f.lon, heading=f.heading, time=f.time) if np.isfinite(f.lat) else NoPosition(f'{path}: {f.reason}') for (path, *stat), f in rows if os.path.exists(path) and _stat(path) == (path, *stat)}
 
 _FINAL = ('not an image', 'cannot be decoded', 'the file is empty', ' pixels')     # reasons that lie in the file itself
 
@@ -335,12 +339,12 @@ def list_map(
     known = _known(old)
     df = read_photos(root, csv, known=_labels(known, old))
     out = pd.DataFrame([(p, reason.removeprefix(f'{p}: ')) for p, reason in df.attrs['left_out']], columns=['image', 'reason'])
-    df.attrs = {}
+    unplaced, df.attrs = df.attrs['unplaced'], {}
     df[['lat', 'lon']] = latlon(df)
     files = pd.concat([df.assign(reason=''), out.assign(lat=np.nan, lon=np.nan, easting=np.nan, northing=np.nan, heading=np.nan, place=-1, zone='', city='', time='')], ignore_index=True)
     keys = [_stat(p) for p in files.image]
     row = np.array([known.get((f'{root}/{_relative(p, str(root))}', *k), -1) for p, *k in keys], int)
-    files = files.assign(bytes=[k[1] for k in keys], changed=[k[2] for k in keys], sha='', row=row, image=[_relative(p, str(root)) for p in files.image])
+    files = files.assign(bytes=[k[1] for k in keys], changed=[k[2] for k in keys], sha='', row=row, unplaced=files.image.isin(unplaced).astype(int), image=[_relative(p, str(root)) for p in files.image])
     if old is not None: _carry(files, old)
     return files[[*_FILE_COLUMNS, 'row']].sort_values(['row', 'image'], key=lambda c: c.where(c >= 0, len(known)) if c.name == 'row' else c, ignore_index=True)
 
@@ -371,7 +375,7 @@ def _describe_new(index, model, files, root, **how):
 def _same(new, old):
     "Whether a listing names the files of a state, each known, at the same positions to a thousandth of a millimetre."
     where = ['easting', 'northing']
-    return len(new) == len(old) and (new.row >= 0).all() and all(list(new[c]) == list(old[c]) for c in ('image', 'bytes', 'changed', 'zone')) and np.allclose(new[where], old[where], rtol=0, atol=1e-6, equal_nan=True)
+    return len(new) == len(old) and (new.row >= 0).all() and all(list(new[c]) == list(old[c]) for c in ('image', 'bytes', 'changed', 'zone', 'unplaced')) and np.allclose(new[where], old[where], rtol=0, atol=1e-6, equal_nan=True)
 
 def _refuse(old, model, name, size, root):
     "Raises `UserError` where `old` was made by something else."

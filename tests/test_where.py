@@ -253,6 +253,23 @@ def test_positions_from_exif_then_csv_then_exif(town):
     state = (town/'.sage'/'index.json').read_text(); update_map(town, model, SIZE); assert model.asked == 32 and (town/'.sage'/'index.json').read_text() == state
 
 
+def test_the_kind_of_a_reason_is_kept_beside_it(town, model, monkeypatch):
+    "Whether a photograph has no position is not read from the words; an index of an older version holds nothing else."
+    import sage.photos
+    def label(path, real=sage.photos.photo_label):
+        if path.endswith('broken.png'): raise UserError(f'{path}: broken at position 7')
+        if path.endswith('nogps.png'): raise sage.photos.NoPosition(f'{path}: nowhere')
+        return real(path)
+    monkeypatch.setattr(sage.photos, 'photo_label', label)
+    photo(town/'nogps.png', 3); (town/'broken.png').write_bytes(b'1')
+    m = update_map(town, model, SIZE); assert (sorted(m.left_out), m.unplaced) == ([('broken.png', 'broken at position 7'), ('nogps.png', 'nowhere')], ['nogps.png'])
+    photo(town/'new.png', 50, 55.75, 13.2); m = update_map(town, model, SIZE)
+    assert (sorted(m.left_out), m.unplaced) == ([('broken.png', 'broken at position 7'), ('nogps.png', 'nowhere')], ['nogps.png'])
+    table, about = m.folder/m.about['files'], m.folder/'index.json'
+    m.files.drop(columns='unplaced').assign(reason=m.files.reason.replace('nowhere', 'no GPS position in EXIF')).to_parquet(table, index=False)
+    about.write_text(json.dumps(m.about | dict(bytes=m.about['bytes'] | {table.name: table.stat().st_size})))
+    assert 'nogps.png' in read_map(town).unplaced and read_map(town).index.ntotal == 31
+
 def test_a_photograph_without_pixels_is_opened_once(town, model):
     data = (town/'05.png').read_bytes(); (town/'05.png').write_bytes(data[:len(data)*2//3])             # its header and position are whole
     m = update_map(town, model, SIZE); state = (town/'.sage'/'index.json').read_text(); assert m.index.ntotal == 29 and [i for i, _ in m.left_out] == ['05.png']

@@ -186,7 +186,7 @@ def test_training_counts_what_a_table_left_out(tmp_path, capsys):
     "Files that no table could take in are unreadable images of the data set, too, or have no position; neither is lost in silence."
     from sage.sources import readable
     df = town(tmp_path/'photos', [f'{i}.jpg' for i in range(9)])
-    df.attrs['left_out'] = [('my position/a.jpg', 'my position/a.jpg: the file is empty'), ('b.jpg', 'b.jpg: no position in its EXIF')]
+    df.attrs |= dict(left_out=[('my position/a.jpg', 'my position/a.jpg: the file is empty, wherever its position'), ('b.jpg', 'b.jpg: nowhere')], unplaced=['b.jpg'])
     assert len(readable(df, 'town', progress=False)) == 9
     err = capsys.readouterr().err
     assert '1 of 11 images cannot be read and are left out: my position/a.jpg' in err and '1 of 11 images have no position and are left out: b.jpg' in err
