@@ -288,12 +288,11 @@ def read_parquet(
     path, # *.parquet
     remedy='copy the run again', # what the user can do where it is none of ours
 ) -> pd.DataFrame:
-    "A flat table. Raises UserError before it would take more memory than such a file may; one of `damage` where it is none."
+    "A table. Raises UserError before it would take more memory than such a file may; one of `damage` where it is none."
     told = pq.ParquetFile(regular(path, remedy))
     columns, parts = list(told.schema), [told.metadata.row_group(i) for i in range(told.metadata.num_row_groups)]
-    if any(c.name != c.path for c in columns): raise ValueError('a table within a table')
-    width = {c.name: max(8, c.length) for c in columns}
-    size = sum(max(p.column(i).total_uncompressed_size, width[c.name] * max(p.num_rows, p.column(i).num_values)) for p in parts for i, c in enumerate(columns))
+    if any(c.name != c.path and c.physical_type == 'BYTE_ARRAY' for c in columns): raise ValueError('lists of texts')      # of numbers there are some
+    size = sum(max(p.column(i).total_uncompressed_size, max(8, c.length) * max(p.num_rows, p.column(i).num_values)) for p in parts for i, c in enumerate(columns))
     check_unpacked(size, path, remedy)
     texts = [c.name for c in columns if c.physical_type == 'BYTE_ARRAY']
     for column in pq.ParquetFile(path, read_dictionary=texts).read(columns=texts).columns if texts else ():

@@ -311,6 +311,18 @@ def test_what_lies_about_its_size(run, tmp_path):
     np.savez(path, a=np.array([{}], dtype=object))
     with pytest.raises(UserError, match='attention.npz: damaged'): run.attention()
 
+def test_lists_of_numbers_in_a_table(run, tmp_path):
+    "As the cliques have them (affinities, candidates); many in a small file are refused, and lists of texts, of which there are none."
+    import pyarrow as pa, pyarrow.parquet as pq
+    *_, cliques, descriptors = whole = tables()
+    path = run.write_epoch(0, *whole[:2], cliques.assign(affinities=[np.arange(3.)]), descriptors)/'cliques.parquet'
+    assert run.cliques().affinities[0].tolist() == [0., 1., 2.]
+    n = 2**27 + 1
+    pq.write_table(pa.table(dict(a=pa.ListArray.from_arrays(pa.array([0, n], pa.int32()), pa.array(np.zeros(n, np.int8))))), path)
+    with pytest.raises(UserError, match='would fill 1.0 GiB of memory'): run.cliques()
+    pq.write_table(pa.table(dict(a=pa.array([['x'], ['y']]))), path)
+    with pytest.raises(UserError, match='lists of texts'): run.cliques()
+
 @pytest.mark.parametrize('name, read', [('metrics.jsonl', lambda r: r.metrics()), ('epochs/0000/nodes.parquet', lambda r: r.nodes()), ('epochs/0000/edges.parquet', lambda r: r.edges()), ('epochs/0000/attention.npz', lambda r: r.attention()),
     ('epochs/0000/answers.npz', lambda r: r.answers()), ('epochs/0000/descriptors.npy', lambda r: r.descriptors()), ('config.json', lambda r: r.config), ('tables/00.parquet', lambda r: r.table())])
 @pytest.mark.parametrize('kind', ['pipe', 'folder', 'device'])
