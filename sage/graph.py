@@ -117,7 +117,7 @@ def city_neighbors(
     if not (np.isfinite(radius) and radius > 0): raise UserError(f'radius {radius} is not a distance; give metres above 0')
     city, span, found, used = np.asarray(city, np.int64), np.zeros((len(xy), 2), np.int64), np.empty(32*len(xy) + 1, np.int32), 0    # what is not written takes no memory
     for a, b in _together(city):
-        square, height = _squares(xy[a:b], city[a:b] - city[a:b].min(), radius*(1 + 1e-9))
+        square, height = _squares(xy[a:b], city[a:b], radius*(1 + 1e-9))
         square, order = _sorted(square)
         found, start = _walk(xy[a:b].take(order, 0), square, order, height, float(radius), a, found, used)
         span[a + order], used = np.stack([start[:-1], start[1:]], 1), start[-1]
@@ -189,7 +189,7 @@ def distance(a, b):
 @jit(fastmath={'reassoc', 'nsz', 'contract'})
 def squared_lengths(F):
     "Of rows [N, D], float32 or the bits of float16, summed in float64 [N]."
-    out, size = np.zeros(len(F)), F.itemsize
+    out, size = np.empty(len(F)), F.itemsize
     for i in range(len(F)):
         total = 0.
         for j in range(F.shape[1]): total += np.float64(number(F[i, j], size))**2

@@ -123,6 +123,13 @@ def test_the_most_alike_of_a_city(corner):
     assert (alike_pairs(wide, line) == alike_pairs(wide, line, 15)).all()
     assert np.bincount(epoch_graph(wide, line).edges[['src', 'dst']].to_numpy().ravel())[-1] == 15
 
+def test_the_nearest_of_descriptors_of_any_length():
+    "As a GPU looks for them: the shorter ones must not come first."
+    import torch
+    from scipy.spatial.distance import cdist
+    F = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)*np.random.default_rng(1).uniform(.2, 5, (300, 1)).astype(np.float32)
+    assert np.array_equal(sage.graph._nearest(torch.from_numpy(F), 9), np.argsort(cdist(F, F), kind='stable')[:, :9])
+
 def test_who_looks_for_the_most_alike(monkeypatch):
     "FAISS on a CPU, products of tensors elsewhere; these in pieces of 2²⁶ numbers."
     import torch
