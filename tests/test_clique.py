@@ -194,6 +194,10 @@ def test_who_is_joined_as_bits(n):
     bits = sage.clique._adjacency(np.arange(7, n + 7), local, np.stack([end - [*map(len, rows)], end], 1), np.concatenate(rows).astype(np.int32))
     assert (bits == adjacency(nx.convert_node_labels_to_integers(g.subgraph(range(7, n + 7)), ordering='sorted'))).all() and bits.shape == (n, -(-n//64))
 
+def test_more_that_are_alone_than_there_is_room_for_at_first():
+    flat, whole = sage.clique._search(np.zeros((700, 11), np.uint64), 1, 10**6, False)
+    assert whole and flat.reshape(-1, 2).tolist() == [[1, v] for v in range(700)]
+
 @pytest.mark.parametrize('n', [1, 5, 63, 64, 65, 128, 130])
 def test_listed_cliques(n):
     "All of them where they are few; else about `limit`, each a maximal one, none twice, and some for every lowest member that has any."
