@@ -78,7 +78,7 @@ def _sorted(square):
 
 def _together(city):
     "Beginning and end of the rows of each city, where these stand together; else of all rows at once."
-    begin = np.flatnonzero(np.diff(city, prepend=-1))
+    begin = np.flatnonzero(np.diff(city, prepend=city[:1] - 1))
     if len(set(city[begin])) < len(begin): begin = begin[:1]
     return zip(begin, [*begin[1:], len(city)])
 

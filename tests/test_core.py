@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from sage import core
-from sage.core import MissingPath, UserError, atomic, cache_dir, data_root, existing, peak_memory, pick_device, pick_precision, seed_of, stream, torch_stream
+from sage.core import MissingPath, UserError, atomic, cache_dir, data_root, existing, peak_memory, pick_device, pick_precision, pick_workers, seed_of, stream, torch_stream
 
 words = st.lists(st.one_of(st.text(max_size=6), st.integers(0, 99)), max_size=4)
 
@@ -132,3 +132,8 @@ def test_peak_memory_is_this_process_alone():
     child = float(python('import sys; sys.modules["torch"] = type(sys)("torch"); sys.modules["torch"].device = sys.modules["torch"].Generator = object\n'
                          'from sage.core import peak_memory; print(peak_memory())'))
     assert 5e6 < child < 300e6
+
+@pytest.mark.parametrize('processors, asked, device, processes, workers', [(200, -1, 'cuda', 1, 64), (65, -1, 'cuda', 1, 64), (64, -1, 'cuda', 1, 63), (64, -1, 'cuda', 4, 15), (2, -1, 'cuda', 4, 1), (64, -1, 'cpu', 1, 0), (64, 5, 'cuda', 4, 5), (4, 90, 'cpu', 1, 90)])
+def test_workers(monkeypatch, processors, asked, device, processes, workers):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(processors)), raising=False)
+    assert pick_workers(asked, device, processes) == workers

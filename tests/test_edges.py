@@ -95,6 +95,16 @@ def test_neighbours_where_squares_of_lengths_round_otherwise(radius):
     near = city_neighbors(np.stack([zero, zero, x[odd], y[odd]], 1).reshape(-1, 2), city, radius)
     assert (near.counts.reshape(-1, 2) == (length[odd] < radius)[:, None]).all()
 
+def test_neighbours_whose_squares_leave_no_room_for_a_second_number():
+    "A square's number and an image's do not fit into one together; the third and the fourth image are 6 m apart, in squares one above the other."
+    side, x, y = 25*(1 + 1e-9), 2**29 - 1, 2**31 - 2**29
+    near = city_neighbors(np.array([[0, 0], [(x + .5)*side, (y + 1)*side - 3], [(x + .5)*side, (y + 1)*side + 3], [(x + .5)*side, (2**31 - .5)*side]]), np.zeros(4, int), 25.)
+    assert [near.row(i).tolist() for i in range(4)] == [[], [2], [1], []]
+
+def test_neighbours_in_cities_of_any_number():
+    for city in ([-1, -1, -1], [5, 5, 5]): assert [sorted(city_neighbors(np.array([[0, 0], [3, 0], [0, 4.]]), city, 25.).row(i)) for i in range(3)] == [[1, 2], [0, 2], [0, 1]]
+    assert [city_neighbors(np.array([[0, 0], [3, 0], [0, 4.]]), [-1, 0, -1], 25.).row(i).tolist() for i in range(3)] == [[2], [], [0]]
+
 def test_neighbours_in_cities_whose_squares_have_no_room_for_numbers():
     "Nine cities among one another, each as wide as 2³¹ squares and 2³⁰ high: without care, the ninth would have the numbers of the first."
     spots = np.array([[0, 0], [25*(1 + 1e-9)*(2**31 - 1.5), 25*(1 + 1e-9)*(2**30 - 1.5)], [4., 0]])

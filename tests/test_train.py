@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 import sage
 from sage.backbone import Backbone, make_vit
 from sage.core import UserError, seed_of
-from sage.feed import Sources, Steps, Validation, Views, embed, one_image_each, prefix_cache, run_views
-from sage.images import train_transform
+from sage import feed
+from sage.feed import Loader, Sources, Steps, Validation, Views, embed, kept_batches, one_image_each, prefix_cache, run_views
+from sage.images import eval_transform, train_transform
 from sage.learner import SageModule
 from sage.places import make_table
 from sage.prefix import PrefixCache
@@ -581,6 +582,26 @@ def test_prefix_cache_keeps_one_map_for_each_file(tmp_path):
     assert torch.equal(again.read(paths[::-1]), rows.flip(0))
     again.add(paths[:2], rows[:2]); again.flush()
     assert len(list((tmp_path/'kept').rglob('*.keys'))) == 1
+
+def test_kept_tokens_are_read_ahead(tmp_path, monkeypatch):
+    "While a batch is used, the next is read; and where all are kept, nobody is started to decode."
+    model = make_model(settings()).eval()
+    table, begun = toy_table(tmp_path/'x', places=2), [threading.Event() for _ in range(3)]
+    kept = lambda: Views(table, eval_transform(56), kept=PrefixCache(tmp_path/'kept', model.backbone, 1).at(56))
+    first = embed(model, kept(), batch_size=4)
+    views, reads = kept(), iter(begun)
+    monkeypatch.setattr(views.kept, 'read', lambda paths, read=views.kept.read: (next(reads).set(), read(paths))[1])
+    made = []
+    monkeypatch.setattr(feed, 'Loader', lambda *args, num_workers, **more: made.append(num_workers) or iter(()))
+    batches = kept_batches(model, views, np.arange(12), 4, workers=8)
+    got = [next(batches)]
+    assert begun[1].wait(60) and not begun[2].is_set()
+    got += batches
+    assert made == [0] and torch.equal(torch.cat(got), kept().kept.read(table.image.tolist())) and (embed(model, kept(), batch_size=4) == first).all()
+
+@pytest.mark.filterwarnings('ignore:This DataLoader')
+def test_many_workers_are_one_batch_ahead():
+    assert [Loader([1, 2], num_workers=n).prefetch_factor for n in (0, 1, 16, 17, 64)] == [None, 2, 2, 1, 1]
 
 def test_prefix_cache_may_be_added_to_a_run(towns, tmp_path):
     train(settings(epochs=1), towns, tmp_path/'run')
