@@ -18,7 +18,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.func import functional_call
-from .core import MissingPath, UserError, atomic, check_unpacked
+from .core import MissingPath, UserError, atomic, check_unpacked, regular
 from .dpn import DynamicPowerNorm
 from .images import check_size
 
@@ -185,8 +185,8 @@ def read_tensors(
     path:str|Path, # .safetensors, or a file written by torch.save
 ) -> dict: # name → tensor
     "Tensors of a checkpoint file, read without running its code; MissingPath or UserError where that fails."
-    path = Path(path)
-    if not path.is_file(): raise MissingPath(f'{path}: no such checkpoint file; check the path')
+    path = regular(path, 'give the file of a checkpoint')
+    if not path.exists(): raise MissingPath(f'{path}: no such checkpoint file; check the path')
     try: state = _read_file(path)
     except UserError: raise
     except _UNREADABLE as e: raise UserError(f'{path} is not a readable checkpoint ({type(e).__name__}); give a .safetensors file or a state dict written by torch.save') from e

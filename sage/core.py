@@ -42,11 +42,11 @@ def existing(
     return path
 
 # %% ../nbs/00_core.ipynb #nd902952
-MOST, FACTOR = 2**30, 20     # bytes that any packed file may fill; a large one this many times its size
+MOST, FACTOR = 2**30, 100    # bytes that any packed file may fill; a large one this many times its size
 
 def regular(
     path, # a file, there or not
-    remedy='put the file there', # what the user can do about it
+    remedy='remove it', # what the user can do about it
 ) -> Path:
     "`path` as a `Path`. Raises `UserError` where a folder, a pipe or a device stands in its place: reading might never end."
     path = Path(path)

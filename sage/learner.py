@@ -139,6 +139,7 @@ def step_of(
     path, # from `save_state`, with its step
 ) -> int: # steps that are done
     "Where a training stands. Raises UserError where the file is damaged."
-    try: return int(json.loads(read_checked(path)[1]['state'])['extra']['step'])
+    header = read_checked(path)[1]
+    try: return int(json.loads(header['state'])['extra']['step'])
     except (KeyError, TypeError, ValueError) as e: raise UserError(f'{path}: damaged, it names no step ({e}); delete this file') from None
 

@@ -56,7 +56,7 @@ def alone(
     "Hold a run folder against every other process. Raises UserError naming the one that has it; one that has ended has it no more."
     lock, me = Path(path)/'lock.json', dict(pid=os.getpid(), host=platform.node(), space=_space(), started=started(os.getpid()), since=time.strftime('%Y-%m-%d %H:%M'))
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with naming(lock), _one_at_a_time(lock) as f:
+    with naming(regular(lock)), _one_at_a_time(lock) as f:
         owner = holder(lock)
         if owner: raise UserError(f'{path}: process {owner["pid"]} on {owner["host"]} has been writing this run since {owner["since"]}; wait for it, stop it, or choose another folder' + (f' (if it has ended, remove {lock})' if _elsewhere(owner) else ''))
         f.truncate(0)

@@ -388,8 +388,8 @@ def read_header(
     path:str|Path, # a file of `save_sage`
 ) -> dict: # format, model, config, holds, backbone_sha256; pca where descriptors are reduced
     "The header of a checkpoint, its JSON decoded; MissingPath or UserError for another file."
-    path = Path(path)
-    if not path.is_file(): raise MissingPath(f'{path}: no such checkpoint file; check the path')
+    path = regular(path, 'give the file of a checkpoint')
+    if not path.exists(): raise MissingPath(f'{path}: no such checkpoint file; check the path')
     try:
         with safetensors.safe_open(path, 'pt') as f: header = f.metadata() or {}
     except (safetensors.SafetensorError, OSError) as e: raise UserError(f'{path} is no SAGE checkpoint (not a safetensors file); the authors\' released weights are a .pth file') from e

@@ -9,7 +9,7 @@ __all__ = ['MARK', 'PIECE', 'mark_of', 'claim_folder', 'image_key', 'Kept', 'Kee
 import errno, hashlib, json, os, sys, uuid
 from pathlib import Path
 import numpy as np, torch
-from .core import UserError, atomic
+from .core import UserError, atomic, regular
 from .images import check_size, eval_transform
 from .backbone import Backbone, fingerprint
 
@@ -34,6 +34,7 @@ def claim_folder(
         if strangers: raise UserError(f'{folder}: holds files that are no kept tokens (there is no {MARK}); {remedy}')
         with atomic(path) as part: part.write_text(json.dumps(mark, indent=1) + '\n')
         return
+    regular(path, remedy)
     try: found = json.loads(path.read_text())
     except (ValueError, RecursionError): found = None
     if not isinstance(found, dict): raise UserError(f'{path}: damaged, it does not say whose tokens lie here; {remedy}')

@@ -246,7 +246,9 @@ import os, resource, sys, numpy as np
 from scipy.io import loadmat
 if os.path.exists('/proc/self/statm'):
     now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + int(sys.argv[3]), resource.RLIM_INFINITY))
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    most = now + int(sys.argv[3])
+    resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 def plain(x): return x if (x := np.asarray(x)).dtype.kind in 'fiu' else x.astype(str)
 try:
     found = loadmat(sys.argv[1], simplify_cells=True, variable_names=['dbStruct']).get('dbStruct')

@@ -10,7 +10,7 @@ __all__ = ['FREE', 'save_checkpoint', 'drop_old_states', 'load_weights', 'read_w
 import hashlib, re, sys
 from dataclasses import asdict
 import pandas as pd
-from .core import UserError
+from .core import UserError, regular
 from .places import place_rows
 from .model import SAGE, held_epoch, load_all, of_epoch, read_checked, read_header, save_sage
 from .ranks import first, from_first
@@ -125,8 +125,10 @@ def keep_weights(
     if gone: raise UserError(f'{run.path}: there are weights of epoch {", ".join(map(str, gone))}, but what a training goes on with (*.resume.safetensors) ends at epoch {epoch}, and they would be deleted; copy the run whole, or move those weights to another folder first')
 
 def _would_be_lost(run, e, epoch): # whether a file of weights holds what is trained neither before `epoch` nor at once again
-    try: read_checked(path := checkpoint_paths(run, e)[0]); held = held_epoch(path, e)
+    try: read_checked(path := checkpoint_paths(run, e)[0])
     except UserError: return False                                        # damaged
+    try: held = held_epoch(path, e)
+    except UserError: return True                                         # whole, and none of ours
     return e > epoch + bool(run.resumable()) if held == e else held > epoch or held not in run.checkpoints()
 
 def check_epoch(
@@ -164,7 +166,7 @@ def last_step(
     path = pause_path(run, epoch)
     if not path.exists(): return 0
     steps, why = run.setting('steps', 0), 'its step is not one of that epoch'
-    with open(path, 'rb'): pass                                       # one that may not be read is not damaged
+    with open(regular(path), 'rb'): pass                              # one that may not be read is not damaged
     try:
         step = step_of(path)
         if steps*epoch < step < steps*(epoch + 1): return step

@@ -266,8 +266,6 @@ def damage() -> tuple: # of exceptions
     return (OSError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError, AttributeError, SyntaxError, tokenize.TokenError, struct.error, zlib.error, zipfile.BadZipFile, pa.ArrowException)
 
 # %% ../nbs/30_run.ipynb #nd8b4da0
-_HEADS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-
 def read_npz(
     path, # *.npz
 ) -> dict: # name → array
@@ -277,28 +275,37 @@ def read_npz(
         for entry in z.infolist():
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): raise ValueError('packed in another way than numpy does')
             with z.open(entry) as f:
-                shape, _, kind = _HEADS[np.lib.format.read_magic(f)](f)
+                if np.lib.format.read_magic(f) != (1, 0): raise ValueError('its header may be longer than 64 KiB')          # 4 GiB in the next version, which numpy writes for none of our arrays
+                shape, _, kind = np.lib.format.read_array_header_1_0(f)
                 size += math.prod(shape) * kind.itemsize
                 check_unpacked(size, path, 'copy the run again')
                 f.seek(0)
                 found[entry.filename.removesuffix('.npy')] = np.lib.format.read_array(f, allow_pickle=False)
     return found
 
+def _is_number(t): return pa.types.is_integer(t) or pa.types.is_floating(t) or pa.types.is_boolean(t) or pa.types.is_null(t)
+
+def _text(t): return pa.types.is_string(t) or pa.types.is_large_string(t) or pa.types.is_dictionary(t) and _text(t.value_type)
+
+def _bytes(kind, values, rows): # that a column takes in memory; a text's letters, which the file does not tell, left out
+    if not _text(kind) and not _is_number(kind) and not (pa.types.is_list(kind) and _is_number(kind.value_type)): raise ValueError(f'a column of {kind}, of which there is none')
+    return 8 * max(values, rows) + 128 * rows * pa.types.is_list(kind)
+
 def read_parquet(
     path, # *.parquet
     remedy='copy the run again', # what the user can do where it is none of ours
 ) -> pd.DataFrame:
-    "A table. Raises UserError before it would take more memory than such a file may; one of `damage` where it is none."
-    told = pq.ParquetFile(regular(path, remedy))
-    columns, parts = list(told.schema), [told.metadata.row_group(i) for i in range(told.metadata.num_row_groups)]
-    if any(c.name != c.path and c.physical_type == 'BYTE_ARRAY' for c in columns): raise ValueError('lists of texts')      # of numbers there are some
-    size = sum(max(p.column(i).total_uncompressed_size, max(8, c.length) * max(p.num_rows, p.column(i).num_values)) for p in parts for i, c in enumerate(columns))
+    "A table of numbers, texts and lists of numbers. Raises UserError before it would take more memory than such a file may; one of `damage` where it is none."
+    with pq.ParquetFile(regular(path, remedy)) as f: schema, told = f.schema_arrow, f.metadata
+    if told.num_columns != len(schema): raise ValueError('columns within columns')
+    groups = [told.row_group(i) for i in range(told.num_row_groups)]
+    size = sum(_bytes(field.type, g.column(i).num_values, g.num_rows) for g in groups for i, field in enumerate(schema))
     check_unpacked(size, path, remedy)
-    texts = [c.name for c in columns if c.physical_type == 'BYTE_ARRAY']
-    for column in pq.ParquetFile(path, read_dictionary=texts).read(columns=texts).columns if texts else ():
-        size += sum(pc.sum(pc.take(pc.binary_length(c.dictionary), c.indices)).as_py() or 0 for c in column.chunks if pa.types.is_dictionary(c.type))
-    check_unpacked(size, path, remedy)
+    texts = [field.name for field in schema if _text(field.type)]
+    with pq.ParquetFile(path, read_dictionary=texts) as f: columns = f.read(columns=texts).columns if texts else ()
+    check_unpacked(size + sum(pc.sum(pc.take(pc.binary_length(c.dictionary), c.indices)).as_py() or 0 for column in columns for c in column.chunks), path, remedy)
     return pd.read_parquet(path)
+
 
 # %% ../nbs/30_run.ipynb #e4a70d35
 PLACES = {c: dict(str='text', int64='whole', float64='number')[t] for c, t in COLUMNS.items()}
@@ -466,7 +473,7 @@ def checkpoints(self:Run) -> dict: # epoch → path of the trained weights, asce
     "The checkpoints there are."
     folder = self.path/'checkpoints'
     found = folder.glob('[0-9]*.safetensors') if folder.is_dir() else []
-    return dict(sorted((int(p.stem), p) for p in found if re.fullmatch('[0-9]+', p.stem)))
+    return dict(sorted((int(p.stem), p) for p in found if re.fullmatch('[0-9]+', p.stem) and p.stem == epoch_name(int(p.stem))))
 
 @patch
 def resumable(self:Run) -> list: # ascending
@@ -503,7 +510,7 @@ def truncate(self:Run,
     for e in self.epochs():
         if e >= epoch and e not in logged: remove(self.path/'epochs'/epoch_name(e))
     for p in (self.path/'checkpoints').glob('*.safetensors'):
-        if (m := re.fullmatch(r'(\d+)(\.resume|\.pause)?\.safetensors', p.name)) and int(m[1]) > epoch: remove(p)
+        if (m := re.fullmatch(r'(\d+)(\.resume|\.pause)?\.safetensors', p.name)) and m[1] == epoch_name(int(m[1])) and int(m[1]) > epoch: remove(p)
     sweep(self.path)
 
 @patch

@@ -1,5 +1,5 @@
 """Protocols: trees of the exact shape of each benchmark give FORMATS' counts; positives equal an independent reading; bad trees say so in one sentence."""
-import os, pickle
+import os, pickle, resource, subprocess
 import numpy as np
 import pandas as pd
 import pytest
@@ -85,6 +85,14 @@ def test_pitts_mat_equals_folders(tmp_path):
     assert (len(d), len(q)) == (10_000, 6_816) and notes == ['read from pitts30k_test.mat']
     assert d.image[101] == str(root/names[101]) and q.image[7] == str(root/'queries_real'/q_names[7])
     for i in range(0, 6_816, 97): assert np.array_equal(positives[i], np.flatnonzero(((xy - asked[i]) ** 2).sum(1) <= 625.))
+
+
+def test_a_mat_is_read_where_memory_is_limited(tmp_path, monkeypatch):
+    "By `ulimit -v`, as on a cluster: a hard limit cannot be raised."
+    path, run = tmp_path/'x.mat', subprocess.run
+    savemat(path, {'dbStruct': dict(dbImage=np.array(['a.jpg'], dtype=object), utmDb=np.zeros((2, 1)), qImage=np.array(['q.jpg'], dtype=object), utmQ=np.zeros((2, 1)))})
+    monkeypatch.setattr(subprocess, 'run', lambda *args, **more: run(*args, **more, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))))
+    assert [len(t) for t in read_mat(path, tmp_path)] == [1, 1]
 
 
 def write_msls(root, cities=(('cph', 12_556, 498), ('sf', 6_315, 242)), extra=7, more=0):

@@ -5,6 +5,7 @@ from hypothesis import given, settings, strategies as st
 from sage.core import MissingPath, UserError
 from sage.places import make_table
 from sage.lock import alone
+from sage.model import read_header
 from sage.run import Run, answers_of, append_line, checkpoint_paths, plain, read_lines, reduce_descriptors
 
 def tables(n=5, seed=0):
@@ -302,6 +303,37 @@ def test_small_files_that_would_fill_the_memory(run, root):
         said, took = refused(run, 'nodes', root)
         assert 'nodes.parquet' in said and 'of memory, more than the 1.0 GiB such a file may; copy the run again' in said and took < 600_000, (said, took)
 
+def test_a_header_as_long_as_a_film(run, root):
+    "Of the version in which numpy's header may be 4 GiB."
+    import struct, zipfile
+    path = run.write_epoch(0, *tables())/'attention.npz'
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as z, z.open('beta.npy', 'w', force_zip64=True) as f:
+        f.write(b'\x93NUMPY\x02\x00' + struct.pack('<I', 600_000_000))
+        for _ in range(60): f.write(b' '*10_000_000)
+    said, took = refused(run, 'attention', root)
+    assert 'attention.npz: damaged' in said and took < 100_000, (said, took)
+
+def test_columns_that_become_an_object_a_row(run, root):
+    "Ten million of them lie in 50 KB: kinds that no table has, and lists of nothing."
+    import pyarrow as pa, pyarrow.parquet as pq
+    path, n = run.write_epoch(0, *tables())/'nodes.parquet', 10**7
+    zeros, some = pa.array(np.zeros(n, np.int8)), pa.array(np.zeros(1000, np.int8))
+    for column, says in ((pa.StructArray.from_arrays([zeros], ['a']), 'damaged'), (pa.ListArray.from_arrays(pa.array(np.zeros(n + 1, np.int32)), some), 'would fill 1.3 GiB of memory'), (zeros.cast(pa.decimal128(5)), 'a column of decimal128'), (zeros.cast(pa.int32()).cast(pa.date32()), 'a column of date32')):
+        pq.write_table(pa.table(dict(node=column)), path)
+        said, took = refused(run, 'nodes', root)
+        assert path.stat().st_size < 100_000 and 'nodes.parquet' in said and says in said and took < 100_000, (said, took)
+
+def test_a_table_of_a_film_is_read(tmp_path, monkeypatch):
+    "Where rows repeat, a table packs to a thirtieth: that alone is no reason to refuse one."
+    from sage import core
+    t = make_table(image=[f'/data/films/of/a/street/with/a/long/name/2026-11-28/{i//900:04d}/{i%900:06d}.jpg' for i in range(90_000)], city='a town', place=np.arange(90_000)//900, easting=np.repeat(np.arange(3000.), 30), northing=0., zone='33N')
+    run = Run.create(tmp_path/'run', {}, dict(mined=t))
+    size = next((run.path/'tables').iterdir()).stat().st_size
+    monkeypatch.setattr(core, 'MOST', 0)
+    assert t.memory_usage(deep=True).sum() > 20*size and run.table('mined').equals(t)
+    monkeypatch.setattr(core, 'FACTOR', 20)
+    with pytest.raises(UserError, match='of memory'): run.table('mined')
+
 def test_what_lies_about_its_size(run, tmp_path):
     "The zip says little, or the array much: neither is unpacked further than is allowed."
     path = run.write_epoch(0, *tables())/'attention.npz'
@@ -321,7 +353,7 @@ def test_lists_of_numbers_in_a_table(run, tmp_path):
     pq.write_table(pa.table(dict(a=pa.ListArray.from_arrays(pa.array([0, n], pa.int32()), pa.array(np.zeros(n, np.int8))))), path)
     with pytest.raises(UserError, match='would fill 1.0 GiB of memory'): run.cliques()
     pq.write_table(pa.table(dict(a=pa.array([['x'], ['y']]))), path)
-    with pytest.raises(UserError, match='lists of texts'): run.cliques()
+    with pytest.raises(UserError, match='a column of list<.*: string>'): run.cliques()
 
 @pytest.mark.parametrize('name, read', [('metrics.jsonl', lambda r: r.metrics()), ('epochs/0000/nodes.parquet', lambda r: r.nodes()), ('epochs/0000/edges.parquet', lambda r: r.edges()), ('epochs/0000/attention.npz', lambda r: r.attention()),
     ('epochs/0000/answers.npz', lambda r: r.answers()), ('epochs/0000/descriptors.npy', lambda r: r.descriptors()), ('config.json', lambda r: r.config), ('tables/00.parquet', lambda r: r.table())])
@@ -334,6 +366,15 @@ def test_what_is_no_file(tmp_path, name, read, kind):
     dict(pipe=os.mkfifo, folder=os.mkdir, device=lambda p: os.symlink('/dev/zero', p))[kind](path)
     with pytest.raises(UserError, match='is in the place of this file|is not a file'): read(run)
     path.rmdir() if kind == 'folder' else path.unlink()
+
+@pytest.mark.parametrize('kind', ['pipe', 'folder', 'device'])
+def test_what_is_no_lock_and_no_pause(run, kind):
+    from sage.resume import last_step
+    for path, use in ((run.path/'lock.json', lambda: alone(run.path).__enter__()), (run.path/'checkpoints'/'0000.pause.safetensors', lambda: last_step(run, 0)), (run.path/'checkpoints'/'0002.safetensors', lambda: read_header(run.path/'checkpoints'/'0002.safetensors'))):
+        path.parent.mkdir(exist_ok=True)
+        dict(pipe=os.mkfifo, folder=os.mkdir, device=lambda p: os.symlink('/dev/zero', p))[kind](path)
+        with pytest.raises(UserError, match='is in the place of this file'): use()
+        path.rmdir() if kind == 'folder' else path.unlink()
 
 def test_a_link_to_a_file_is_followed(run, tmp_path):
     run.log(epoch=0); (run.path/'metrics.jsonl').rename(tmp_path/'m'); (run.path/'metrics.jsonl').symlink_to(tmp_path/'m')

@@ -5,7 +5,7 @@ from pathlib import Path
 import hypothesis, numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, strategies as st
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 import sage
 from sage.backbone import Backbone, make_vit
 from sage.core import UserError, seed_of
@@ -435,6 +435,16 @@ def test_weights_under_a_false_name_are_not_deleted(towns, tmp_path):
     with pytest.raises(UserError, match='weights of epoch 5, .*would be deleted'): train(settings(), towns, run.path, resume=True)
     w5.unlink(); shutil.copy(w1, w5)
     assert train(settings(), towns, run.path, resume=True).epochs() == [0, 1, 2] and not w5.exists()
+
+def test_weights_of_others_are_not_deleted(towns, tmp_path):
+    "A name with other zeros is none of a run's; a file that another program wrote under one that is, stops a training before it would go."
+    run = train(settings(), towns, tmp_path/'run')
+    kept = run.path/'checkpoints'
+    shutil.copy(kept/'0002.safetensors', kept/'7.safetensors'); shutil.copy(kept/'0002.safetensors', kept/'00012.resume.safetensors')
+    assert list(train(settings(), towns, run.path, resume=True).checkpoints()) == [0, 1, 2] and (kept/'7.safetensors').exists() and (kept/'00012.resume.safetensors').exists()
+    save_file(dict(a=torch.ones(2)), kept/'0100.safetensors')
+    with pytest.raises(UserError, match='weights of epoch 100, .*would be deleted'): train(settings(), towns, run.path, resume=True)
+    assert (kept/'0100.safetensors').exists()
 
 def test_quiet(towns, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
