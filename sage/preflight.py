@@ -116,10 +116,12 @@ def read_parts(
     for read in _parts(root, kind):
         try: tables.append(read())
         except UserError as e: problems.append(str(e))
-    for df in tables:
-        left = df.attrs.get('left_out', [])
-        if left: problems.append(f'{len(left):,} photographs have no position and are left out, e.g. {left[0][1]}')
-    return tables, problems
+    return tables, problems + [line for df in tables for line in _left_out(**df.attrs)]
+
+def _left_out(left_out=(), unplaced=(), **_): # what `read_photos` says of its table → sentences
+    unplaced = {*unplaced}
+    kinds = ('cannot be read', [why for p, why in left_out if p not in unplaced]), ('have no position', [why for p, why in left_out if p in unplaced])
+    return [f'{len(whys):,} photographs {what} and are left out, e.g. {whys[0]}' for what, whys in kinds if whys]
 
 # %% ../nbs/58_preflight.ipynb #26a9912b
 GSV_CITIES = 'Bangkok Barcelona Boston Brussels BuenosAires Chicago Lisbon London LosAngeles Madrid Medellin Melbourne MexicoCity Miami Minneapolis OSL Osaka PRG PRS Phoenix Rome TRT WashingtonDC'.split()

@@ -104,6 +104,16 @@ def test_own_photographs_serve_a_map(tmp_path, capsys):
     assert code == 2 and 'can be placed' in out
 
 
+def test_damaged_photographs_are_not_those_without_a_position(tmp_path):
+    "Each kind with its own count and example."
+    walk = album(tmp_path/'walk', town(LUND, 3))
+    for i in range(2): (walk/f'broken{i}.jpg').write_bytes(b'x')
+    Image.new('RGB', (8, 8)).save(walk/'nowhere.jpg')
+    said = [w for w in check(walk).warnings if 'left out' in w]
+    assert [w.split(', e.g. ')[0] for w in said] == ['2 photographs cannot be read and are left out', '1 photographs have no position and are left out'], said
+    assert 'broken0.jpg: not an image' in said[0] and 'nowhere.jpg: no GPS position' in said[1], said
+
+
 def test_nothing_served_says_why(tmp_path, capsys):
     (tmp_path/'empty').mkdir(); (tmp_path/'empty'/'places.csv').write_text('1,2,3\n')
     code, out = text(tmp_path/'empty', capsys=capsys)
