@@ -231,6 +231,6 @@ def position_warnings(
     lat, lon = _latlon(df); rows = swapped(lat, lon)
     example = lambda i: f'{df.image.iloc[i]}: {lat[i]:.5g}, {lon[i]:.5g}'
     out = [f'latitude and longitude seem swapped in {len(rows):,} of {len(df):,} photographs, e.g. {example(i)}' for i in rows[:1]]
-    left = [why for _, why in df.attrs.get('left_out', []) if why.endswith('may be swapped')]
+    turned = {*df.attrs.get('swapped', ())}; left = [why for p, why in df.attrs.get('left_out', ()) if p in turned]
     if left: out.append(f'latitude and longitude seem swapped in {len(left):,} photographs that are left out, e.g. {left[0]}')
     return out + mirror_warning(lat, lon, 'photographs', example)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'DISKS_OWN', 'FORMATS', 'TURNS', 'MOST_PIXELS', 'as_text', 'image_names', 'list_images',
            'locate_images', 'read_csv', 'numbers', 'bearings', 'check_metres', 'whole_numbers', 'check_unique',
-           'image_errors', 'open_image', 'NoPosition', 'photo_label', 'rgb', 'upright', 'below', 'inside',
-           'find_photo_csv', 'unread_csvs', 'read_photos']
+           'image_errors', 'open_image', 'NoPosition', 'SwappedPosition', 'photo_label', 'rgb', 'upright', 'below',
+           'inside', 'find_photo_csv', 'unread_csvs', 'read_photos']
 
 # %% ../nbs/03_photos.ipynb #5af460f8
 import os, re, struct, warnings
@@ -226,6 +226,9 @@ def _degrees(values, half):
 class NoPosition(UserError):
     "A photograph that can be read, and does not say where it was taken."
 
+class SwappedPosition(NoPosition):
+    "Its latitude and longitude would be a position the other way round."
+
 def photo_label(
     path, # image file with EXIF
 ) -> dict: # lat, lon, heading (degrees; NaN unknown), time
@@ -235,7 +238,9 @@ def photo_label(
         gps, taken = exif.get_ifd(0x8825), exif.get_ifd(0x8769).get(0x9003) or exif.get(0x0132) or ''
         if 2 not in gps or 4 not in gps: raise NoPosition(f'{path}: no GPS position in EXIF')
         lat, lon, heading = _degrees(gps[2], gps.get(1)), _degrees(gps[4], gps.get(3)), float(gps.get(17, np.nan)) % 360 % 360 # twice: the remainder of a tiny negative number is 360
-    if not (abs(lat) <= 90 and abs(lon) <= 180) or lat == lon == 0: raise NoPosition(f'{path}: the GPS position in EXIF is no position ({lat:.6g}, {lon:.6g})' + '; latitude and longitude may be swapped' * (90 < abs(lat) <= 180 and abs(lon) <= 90))
+    none = f'{path}: the GPS position in EXIF is no position ({lat:.6g}, {lon:.6g})'
+    if 90 < abs(lat) <= 180 and abs(lon) <= 90: raise SwappedPosition(f'{none}; latitude and longitude may be swapped')
+    if not (abs(lat) <= 90 and abs(lon) <= 180) or lat == lon == 0: raise NoPosition(none)
     return dict(lat=lat, lon=lon, heading=heading, time=_iso(str(taken)))
 
 def _iso(text):
@@ -409,7 +414,7 @@ def read_photos(
     method='grid', # how places are made, see `make_places`
     size=25.,      # metres
     known={},      # path → its `photo_label`, or the `NoPosition` that this raised: files that need not be opened again
-) -> pd.DataFrame: # attrs['left_out']: list of (path, reason); attrs['unplaced']: those of these paths that can be read and have no position
+) -> pd.DataFrame: # attrs['left_out']: list of (path, reason); attrs['unplaced']: those of these paths that can be read and have no position; attrs['swapped']: those of them whose position may be swapped
     "Photographs with GPS in EXIF, or with a csv, as a table of places. One without a position is left out and listed. Raises `UserError` where none is left."
     root, left_out, placed = existing(root), [], False
     csv = existing(csv, 'file') if csv else find_photo_csv(root)
@@ -418,5 +423,6 @@ def read_photos(
     check_table(df, csv or root)
     for _, rows in df.groupby('city').indices.items():
         if not placed: df.loc[rows, 'place'] = make_places(df.easting[rows], df.northing[rows], method, size)
-    df.attrs |= dict(left_out=[(p, str(why)) for p, why in left_out], unplaced=[p for p, why in left_out if isinstance(why, NoPosition)])
+    of = lambda kind: [p for p, why in left_out if isinstance(why, kind)]
+    df.attrs |= dict(left_out=[(p, str(why)) for p, why in left_out], unplaced=of(NoPosition), swapped=of(SwappedPosition))
     return df

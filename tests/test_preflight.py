@@ -12,7 +12,7 @@ from sage.formats import write_gsv, write_msls, write_utm
 from sage.geo import to_latlon, to_utm
 from sage.photos import read_photos
 from sage.places import make_table
-from sage.coordinates import far_zone, mirrored, swapped
+from sage.coordinates import far_zone, mirrored, position_warnings, swapped
 from sage.preflight import check, doubles, overlaps, wide_places
 
 
@@ -244,6 +244,9 @@ def test_swapped_positions_in_exif(tmp_path):
     assert len(said) == 1 and 'latitude and longitude seem swapped in 1 of 8 photographs, e.g. ' in said[0] and '5.jpg: 13.2, 55.7' in said[0], said
     said = '\n'.join(of(album(tmp_path/'sure', town(SYDNEY, 4) + turn(town(SYDNEY, 2)))))
     assert 'latitude and longitude seem swapped in 2 photographs that are left out, e.g. ' in said and '4.jpg: the GPS position in EXIF is no position (151.2, -33.9); latitude and longitude may be swapped' in said
+    df = read_photos(tmp_path/'sure'); assert [Path(p).name for p in df.attrs['swapped']] == ['4.jpg', '5.jpg'] and df.attrs['swapped'] == df.attrs['unplaced']
+    df.attrs['left_out'] = [('4.jpg', 'latitude and longitude may be swapped'), *((p, 'in other words') for p in df.attrs['swapped'])]
+    assert position_warnings(df) == ['latitude and longitude seem swapped in 2 photographs that are left out, e.g. in other words'], 'not read from words'
     said = of(album(tmp_path/'half', town(LUND, 4) + turn(town(LUND, 4))))
     assert len(said) == 1 and 'about 4 and 4 photographs mirror one another' in said[0] and '0.jpg: 55.7, 13.2' in said[0] and '4.jpg: 13.2, 55.7' in said[0], said
 
