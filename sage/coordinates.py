@@ -7,7 +7,7 @@ __all__ = ['CELL', 'DIAGONAL', 'swapped', 'mirrored', 'contradictions', 'mixed_z
            'row_warnings', 'coordinate_warnings', 'name_warnings', 'position_warnings']
 
 # %% ../nbs/09_coordinates.ipynb #74ea14ed
-import os, re
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import ndimage
 
 from .core import UserError
-from .geo import to_latlon, to_utm
+from .geo import _zone_name, to_latlon, to_utm
 from .photos import find_photo_csv, read_csv
 from .formats import _align, _latlon, _zone_of, utm_fields
 
@@ -166,33 +166,51 @@ def mirror_warning(
     if not len(one): return []
     return [f'about {len(one):,} and {len(two):,} {what} mirror one another, so latitude and longitude seem swapped in one of the two, e.g. {example(one[0])} or {example(two[0])}']
 
-def _faults(degrees, metres, zone):
-    "What may be wrong with rows: [(mask, what, mask of rows about which there is more to say, that)]; of a row, the first that holds counts."
-    known = {z: z if re.fullmatch(r'(0?[1-9]|[1-5]\d|60)[NS]', z) else '' for z in set(zone)}
-    known = np.array([known[z] for z in zone], dtype=str)
+def _known(zone):
+    "Zones in their one spelling [N]; '' for what is none."
+    names = {}
+    for z in set(zone):
+        try: names[z] = _zone_name(z)
+        except UserError: names[z] = ''
+    return np.array([names[z] for z in zone], dtype=str)
+
+def _of_no_zone(degrees, metres, known):
+    "Rows whose metres say nothing of their degrees: they name no zone, and in none do the two agree."
+    lone = np.isfinite(np.c_[degrees, metres]).all(1) & (known == '')
+    return lone & (not (lone.any() and _zones(degrees, metres)))
+
+def _faults(degrees, metres, known):
+    "What may be wrong with rows: [(mask, what, {more to say: mask of its rows})]; of a row, the first that holds counts."
     zones = [] if (known != '').all() else [np.where(known == '', z, known) for z in _zones(degrees, metres)]
     turned, off = contradictions(degrees, metres, *(zones or [known]))
     guess = np.isin(np.arange(len(degrees)), swapped(*degrees.T)) & ~np.isfinite(np.c_[degrees, metres]).all(1)
     lost = (np.abs(degrees) > (90, 180)).any(1)
     far, other = (far_zone(known, *d.T) for d in (degrees, degrees[:, ::-1]))
-    return [(turned | guess, 'latitude and longitude seem swapped', turned, ', the other way round they agree with easting and northing'),
-            (lost, 'latitude and longitude are no position on the Earth', lost, ': the csv is not read before that is mended'),
-            ((degrees == 0).all(1), 'latitude and longitude are 0, 0, which is no position', lost, ''),
-            (far, 'the zone contradicts latitude and longitude', far & ~other & (np.abs(degrees) <= (180, 90)).all(1), ', the other way round they agree with the zone'),
-            (off, 'easting and northing are more than 100 m from latitude and longitude', lost, '')]
+    back = far & ~other & (np.abs(degrees) <= (180, 90)).all(1)
+    half = far & ~back & ~far_zone(known, np.zeros(len(known)), degrees[:, 1])                # on the equator the number alone can contradict
+    return [(turned | guess, 'latitude and longitude seem swapped', {', the other way round they agree with easting and northing': turned}),
+            (lost, 'latitude and longitude are no position on the Earth', {': the csv is not read before that is mended': lost}),
+            ((degrees == 0).all(1), 'latitude and longitude are 0, 0, which is no position', {}),
+            (far, 'the zone contradicts latitude and longitude', {', the other way round they agree with the zone': back, ' (write N or S for the half of the Earth, not a latitude band)': half}),
+            (off, 'easting and northing are more than 100 m from latitude and longitude', {})]
 
 def row_warnings(
     degrees, # latitude and longitude as written [N, 2]
     metres,  # easting and northing as written [N, 2]
     zone,    # as written [N]
+    measured=False, # the reader takes the metres, as of MSLS, not the degrees
 ) -> list:   # sentences
     "What seems wrong with the rows of a csv, with counts and examples."
+    known = _known(zone); zone = np.where(known == '', zone, known)
+    lone = _of_no_zone(degrees, metres, known) & (not measured); metres = np.where(lone[:, None], np.nan, metres)
     lines, said, n = [] if np.isfinite(degrees).any() else mixed_zones(zone, 'rows say', lambda i: f'row {i}: {zone[i]}'), np.zeros(len(zone), bool), len(zone)
     example = lambda i: f'row {i}: {degrees[i, 0]:g}, {degrees[i, 1]:g}'
-    for rows, what, more, tail in _faults(degrees, metres, zone):
-        rows = rows & ~said; said |= rows; i = int(rows.argmax()) if n else 0
-        if rows.any(): lines.append(f'{what} in {rows.sum():,} of {n:,} rows, e.g. {example(i)}' + f' (zone {zone[i]})' * ('zone' in what) + tail * bool(more[i]))
+    def tell(rows, what, more):
+        rows = rows & ~said; said[rows] = True; i = int(rows.argmax()) if n else 0
+        if rows.any(): lines.append(f'{what} in {rows.sum():,} of {n:,} rows, e.g. {example(i)}' + (f' (zone {zone[i]})' if 'zone' in what and zone[i] else '') + ''.join(tail for tail, mask in more.items() if mask[i]))
+    for fault in _faults(degrees, metres, known): tell(*fault)
     alone = np.where(np.isfinite(metres).all(1) | said, np.nan, degrees.T)
+    tell(lone, 'easting and northing agree with latitude and longitude in no UTM zone', {'; latitude and longitude are read, so nothing is to be done where those are right': lone})
     return lines + mirror_warning(*alone, 'rows', example)
 
 def coordinate_warnings(
@@ -204,7 +222,7 @@ def coordinate_warnings(
     for path in label_csvs(root, kind):
         try: degrees, metres, zone = _positions(path, kind)
         except UserError: continue                                                       # said by its reader
-        out += [f'{path}: {line}' for line in row_warnings(degrees, metres, zone)]
+        out += [f'{path}: {line}' for line in row_warnings(degrees, metres, zone, kind == 'msls')]
         if kind == 'msls': cities.setdefault(path.parents[1], []).append((path, _measured(degrees, metres)))
     return out + [line for city, parts in cities.items() for line in _city_zones(city, parts)]
 

@@ -20,7 +20,7 @@ import pandas as pd
 from PIL import Image
 
 from .core import MissingPath, UserError, existing
-from .geo import check_latlon, to_latlon, to_utm, utm_zone
+from .geo import _zone_name, check_latlon, to_latlon, to_utm, utm_zone
 from .places import FARTHEST, check_table, fill_table, make_places
 
 # %% ../nbs/03_photos.ipynb #3c54008e
@@ -350,12 +350,10 @@ def _csv_places(df, csv):
     return text.astype('int64') if text.str.fullmatch(r'-?\d{1,18}').all() else pd.factorize(text, sort=True)[0]
 
 def _zones(df, csv):
-    "The column `zone`, blank where there is none. Raises `UserError` for what is no zone."
+    "The column `zone` in its one spelling, blank where there is none. Raises `UserError` for what is no zone."
     zone = df['zone'].str.strip().str.upper() if 'zone' in df else pd.Series('', index=df.index)
-    for z in set(zone) - {''}:
-        try: to_latlon(5e5, 0., z)
-        except UserError as e: raise UserError(f'{csv}: {e}') from None
-    return zone
+    try: return zone.map({z: z and _zone_name(z) for z in set(zone)})
+    except UserError as e: raise UserError(f'{csv}: {e}') from None
 
 def _one_plane(easting, northing, zone, name, csv):
     "Columns easting, northing, zone and city for metres: as they are where they share a zone; metres of two zones are no distances, and are measured anew."

@@ -202,9 +202,36 @@ def test_degrees_and_metres_of_a_csv(tmp_path):
         return '\n'.join(check(folder).warnings)
     for zones in ('', zone, '99Z'):
         assert said(1, zones) == '' and 'swapped in 6 of 6 rows, e.g. row 0: 13.2, 55.7, the other way round' in said(-1, zones)
-        assert 'easting and northing are more than 100 m from latitude and longitude in 6 of 6 rows' in said(1, zones, 9e4)
+        assert ('easting and northing are more than 100 m from latitude and longitude in 6 of 6 rows' if zones == zone else 'easting and northing agree with latitude and longitude in no UTM zone in 6 of 6 rows') in said(1, zones, 9e4)
     (folder/'where.csv').write_text('path,lat,lon,easting,northing,zone\n' + ''.join(f'p_{i}.jpg,55.7,{13.2 + 1e-4*i},{e[i]},{n[i]},{z}\n' for i, z in enumerate(['33N', '', '99Z', '33n', '', '33N'])))
     assert check(folder).warnings == [], 'a row without a zone contradicts nothing'
+
+
+def test_metres_of_a_national_grid_beside_degrees(tmp_path):
+    "Honest, and no zone is theirs: the degrees are read, one sentence says so, and swapped rows are seen as if there were no metres."
+    grid = lambda rows: [(*p, 4.9e5 + i, 6.4e6) for i, p in enumerate(rows)]
+    walk = album(tmp_path/'walk', grid(town(LUND, 6)), 'lat,lon,easting,northing')
+    said = of(walk); assert len(said) == 1 and said[0].endswith('easting and northing agree with latitude and longitude in no UTM zone in 6 of 6 rows, e.g. row 0: 55.7, 13.2; latitude and longitude are read, so nothing is to be done where those are right'), said
+    np.testing.assert_allclose(read_photos(walk)[['easting', 'northing']].to_numpy().T, to_utm(*np.array(town(LUND, 6)).T)[:2])
+    said = of(album(tmp_path/'few', grid(town(LUND, 5) + turn(town(LUND, 1))), 'lat,lon,easting,northing'))
+    assert len(said) == 2 and 'seem swapped in 1 of 6 rows, e.g. row 5' in said[0] and 'no UTM zone in 5 of 6 rows' in said[1], said
+    said = of(album(tmp_path/'half', grid(town(LUND, 3) + turn(town(LUND, 3))), 'lat,lon,easting,northing'))
+    assert len(said) == 2 and 'no UTM zone in 6 of 6 rows' in said[0] and 'about 3 and 3 rows mirror one another' in said[1], said
+    said = of(album(tmp_path/'named', [(*p, '33N') for p in grid(town(LUND, 6))], 'lat,lon,easting,northing,zone'))
+    assert len(said) == 1 and 'more than 100 m from latitude and longitude in 6 of 6 rows' in said[0], said
+
+
+def test_spellings_of_one_zone(tmp_path):
+    "01n is 1N: nothing is mixed, and nothing is measured anew."
+    walk = album(tmp_path/'walk', [(5e5 + i, 6e6, z) for i, z in enumerate(['1N', '01N', '01n', '1n'])], 'easting,northing,zone')
+    assert of(walk) == [] and set((df := read_photos(walk)).zone) == {'1N'} and df.easting.tolist() == [5e5, 5e5 + 1, 5e5 + 2, 5e5 + 3]
+
+
+def test_a_latitude_band_for_a_zone(tmp_path):
+    "San Francisco is in band S and on the northern half."
+    rows = [(37.77, -122.42, '10S')]*4; hint = ' (write N or S for the half of the Earth, not a latitude band)'
+    said = of(album(tmp_path/'band', rows, 'lat,lon,zone')); assert len(said) == 1 and said[0].endswith('in 4 of 4 rows, e.g. row 0: 37.77, -122.42 (zone 10S)' + hint), said
+    for wrong in ('33S', '33N'): said = of(album(tmp_path/wrong, [(*r[:2], wrong) for r in rows], 'lat,lon,zone')); assert len(said) == 1 and 'contradicts' in said[0] and hint not in said[0], said
 
 
 def test_two_sides_of_msls_in_neighbouring_zones(tmp_path):
