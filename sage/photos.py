@@ -212,6 +212,7 @@ def open_image(
     "Open an image, HEIC included where pillow-heif is installed. Raises `UserError` naming the file and what is wrong with it."
     if str(path).lower().endswith(('.heic', '.heif')) and not _heif(): raise UserError(f'{path}: HEIC needs the package pillow-heif (pip install pillow-heif)')
     if not os.path.exists(path): raise MissingPath(f'{path}: no such file')
+    if not os.path.isfile(path): raise UserError(f'{path}: {"a folder" if os.path.isdir(path) else "a pipe or a device"}, not a file')
     if not os.path.getsize(path): raise UserError(f'{path}: the file is empty')
     with image_errors(path): return Image.open(path, formats=_formats())
 

@@ -214,6 +214,11 @@ def test_pipes_and_devices_in_a_folder_of_photographs(tmp_path):
     df = make_table(image=[str(tmp_path/n) for n in ('a.jpg', 'b.jpg', 'd.png', 'e.jpg')], place=[0, 1, 2, 3], easting=[0., 900, 1800, 2700], northing=0.)
     assert doubles(df) == []
     with pytest.raises(UserError, match='none of the 4 images'): scan_images(df)
+    (tmp_path/'f.jpg').write_bytes(saved())
+    bad = {Path(p).name: why.removeprefix(f'{p}: ') for p, why in scan_images(pd.concat([df, df[:1].assign(image=str(tmp_path/'f.jpg'))], ignore_index=True))[1]}
+    assert bad == dict.fromkeys(('a.jpg', 'b.jpg', 'd.png'), 'a pipe or a device, not a file') | {'e.jpg': 'the file is empty'}
+    (tmp_path/'g.jpg').mkdir()
+    with pytest.raises(UserError, match='g.jpg: a folder, not a file'): load_image(tmp_path/'g.jpg')
 
 def test_linked_folders(tmp_path):
     "Entered, once each: two links to one folder, and links in a circle."
