@@ -4,7 +4,7 @@
 
 The named alternative is scipy's k-d tree, city by city, for the neighbours alone: everybody's (query_ball_point), and each pair once, as an array (query_pairs). Medians of several turns; how time grows is seen within each turn.
 """
-import os
+import os, resource
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 from pathlib import Path
 
@@ -24,8 +24,10 @@ class Geography:
         self.start = memory(reset=True)
 
     def prepare(self):
+        system = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_stime
+        before = system()
         self.geo = self.GeoSide(self.table)
-        return len(self.geo.places), len(self.geo.neighbors.indices)//2, memory() - self.start
+        return len(self.geo.places), len(self.geo.neighbors.indices)//2, memory() - self.start, system() - before
 
     def trees(self):
         from scipy.spatial import cKDTree
@@ -57,19 +59,20 @@ def main():
     args = parser.parse_args()
     workers = [Worker(Geography, n, args.seed) for n in args.sizes]
     often = [max(1, round(args.sizes[-1]/n)) for n in args.sizes]
-    turns, trees = [], []
+    first, turns, trees = [w('prepare')[0] for w in workers], [], []
     for _ in range(args.repeats):
-        turns.append([[w('prepare') for _ in range(k)] for w, k in zip(workers, often)])
+        turns.append([[w('prepare') for _ in range(k + 1)][1:] for w, k in zip(workers, often)])         # once before it counts: what has been idle may have been moved out of memory
         trees.append([[w('everybody'), w('pairs')] for w in workers])
     for w in workers: w.close()
     times = np.array([[[np.mean([r[c] for r in runs]) for c in (1, 2)] for runs in turn] for turn in turns])         # [turn, size, (seconds, CPU seconds)]
-    growth = times[:, :, 1]/times[:, :1, 1]/(np.array(args.sizes)*np.log(args.sizes)/(args.sizes[0]*np.log(args.sizes[0])))
+    system = np.array([[np.mean([r[0][3] for r in runs]) for runs in turn] for turn in turns])
+    growth, own = (t/t[:, :1]/(np.array(args.sizes)*np.log(args.sizes)/(args.sizes[0]*np.log(args.sizes[0]))) for t in (times[:, :, 1], times[:, :, 1] - system))
     tree_cpu, rows = np.median([[[t[2] for t in ways] for ways in turn] for turn in trees], 0), []
     for i, n in enumerate(args.sizes):
-        (places, pairs, peak), (seconds, cpu), (least, middle, most) = turns[0][i][0][0], np.median(times[:, i], 0), np.percentile(growth[:, i], [0, 50, 100])
+        (places, pairs, peak, _), (seconds, cpu), (least, middle, most) = first[i], np.median(times[:, i], 0), np.percentile(growth[:, i], [0, 50, 100])
         assert trees[0][i][0][0] == trees[0][i][1][0] == pairs
-        rows.append(dict(images=n, places=places, pairs=pairs, seconds=seconds, cpu_seconds=cpu, peak_mb=peak, tree_cpu_seconds=tree_cpu[i, 0], ratio_to_tree=tree_cpu[i, 0]/cpu, pairs_cpu_seconds=tree_cpu[i, 1], ratio_to_pairs=tree_cpu[i, 1]/cpu, growth_over_n_log_n=middle, growth_least=least, growth_most=most))
-        print(f'{n:>9,} images, {places:,} places, {pairs:,} pairs: {seconds:6.2f} s (bar at 1.5 M: {SECONDS} s), {peak:,.0f} MB above the table (bar {GIGABYTES} GB), {middle:.2f} of n·log n ({least:.2f} to {most:.2f}); the neighbours alone by scipy\'s tree {tree_cpu[i, 0]:.2f} s of CPU time ({tree_cpu[i, 0]/cpu:.1f}×), each pair once {tree_cpu[i, 1]:.2f} s ({tree_cpu[i, 1]/cpu:.1f}×)', flush=True)
+        rows.append(dict(images=n, places=places, pairs=pairs, seconds=seconds, cpu_seconds=cpu, peak_mb=peak, tree_cpu_seconds=tree_cpu[i, 0], ratio_to_tree=tree_cpu[i, 0]/cpu, pairs_cpu_seconds=tree_cpu[i, 1], ratio_to_pairs=tree_cpu[i, 1]/cpu, growth_over_n_log_n=middle, growth_least=least, growth_most=most, growth_without_system=np.median(own[:, i]), system_seconds=np.median(system[:, i])))
+        print(f'{n:>9,} images, {places:,} places, {pairs:,} pairs: {seconds:6.2f} s (bar at 1.5 M: {SECONDS} s), {peak:,.0f} MB above the table (bar {GIGABYTES} GB), {middle:.2f} of n·log n ({least:.2f} to {most:.2f}; of it {np.median(system[:, i]):.2f} s in the system, for fresh memory; {np.median(own[:, i]):.2f} without them); the neighbours alone by scipy\'s tree {tree_cpu[i, 0]:.2f} s of CPU time ({tree_cpu[i, 0]/cpu:.1f}×), each pair once {tree_cpu[i, 1]:.2f} s ({tree_cpu[i, 1]/cpu:.1f}×)', flush=True)
     if args.figure: figure(rows, args.figure)
     keep('geography', args, rows)
 
