@@ -69,3 +69,9 @@ def test_the_step_on_a_gpu_is_ready(root, tmp_path):
         assert r['train_images_per_s'] > 0 and r['describe_images_per_s'] > 0 and 1 > r['mfu'] > 0 and 1 > r['describe_mfu'] > 0 and r['train_ratio'] > 0 and r['describe_ratio'] > 0 and r['parts']['backward'] > .05
     assert rows[0]['train_ratio'] == 1 and 'nano 56²' in done.stdout and '(bar 45 %)' in done.stdout
     assert rows[0]['expected'] is None and rows[1]['expected'] > 1e6
+
+def test_the_readme_says_what_was_recorded(root):
+    "Mining, from the slowest to the quickest row."
+    rows, readme = json.loads((root/'bench'/'results'/'mining.json').read_text())['rows'], (root/'README.md').read_text()
+    assert len(rows) == 12 and f'| {min(r["ratio"] for r in rows):.0f} to {max(r["ratio"] for r in rows):.0f}×, from 20,000 to 500,000 images' in readme
+    assert all(r['ratio'] >= (r['bar'] or 0) for r in rows)
