@@ -118,9 +118,9 @@ def arguments(description, **sizes):
     parser.add_argument('--note', default='', help='kept in the JSON, e.g. what else the machine was doing')
     return parser
 
-def keep(name, args, rows, packages=('numpy', 'scipy', 'numba', 'pandas')):
-    "Write the JSON of one benchmark."
-    out = args.out or Path(__file__).parent/'results'/f'{name}.json'
+def keep(name, args, rows, packages=('numpy', 'scipy', 'numba', 'pandas'), part=''):
+    "Write the JSON of one benchmark; of a `part` of it, into a file of its own."
+    out = args.out or Path(__file__).parent/'results'/f'{name}{"_"*bool(part)}{part}.json'
     out.parent.mkdir(parents=True, exist_ok=True)
     record = dict(bench=name, date=str(date.today()), seed=args.seed, note=args.note, machine=machine(), python=platform.python_version(), versions={p: importlib.metadata.version(p) for p in packages}, rows=rows)
     out.write_text(json.dumps(record, indent=1) + '\n')

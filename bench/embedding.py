@@ -195,7 +195,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         args.photos = photographs(folder, max(32, 2 * args.images), args.seed)
         rows = [row for part in args.only.split(',') for row in dict(describe=describe, rebuild=rebuild, loader=loader, decoding=decoding, layout=layout, compile=compiled)[part](args)]
-    keep('embedding' if args.only == parser.get_default('only') else f'embedding_{args.only.replace(",", "_")}', args, rows, ('torch', 'torchvision', 'timm', 'numpy', 'pillow'))
+    keep('embedding', args, rows, ('torch', 'torchvision', 'timm', 'numpy', 'pillow'), '' if args.only == parser.get_default('only') else args.only.replace(',', '_'))
 
 
 if __name__ == '__main__': main()

@@ -144,7 +144,7 @@ def main():
         with tempfile.TemporaryDirectory() as temporary:
             folder = make_input(Path(args.data or temporary)/f'{n}x{dim}', n, dim, args.seed)
             rows += compare(folder, n, dim, args.strategies, args.seed, args.published)
-    keep('mining' if args.all else f'mining_{"_".join(args.size or ["20000"])}', args, rows, ('numpy', 'scipy', 'numba', 'pandas', 'networkx'))
+    keep('mining', args, rows, ('numpy', 'scipy', 'numba', 'pandas', 'networkx'), '' if args.all else '_'.join(args.size or ['20000']))
 
 
 if __name__ == '__main__': main()
