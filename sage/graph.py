@@ -70,7 +70,7 @@ def _squares(xy, city, side):
     return (city*width + x.astype(np.int64))*height + y.astype(np.int64), height
 
 def _sorted(square):
-    "(numbers in rising order, which of `square` each is): by one sort of numbers that hold both, several times as quick as to sort references, where there is room for both."
+    "(numbers in rising order, which of `square` each is): by one sort of numbers that hold both, where there is room for both: no look-up leads out of the order."
     bits, at = int(len(square)).bit_length(), np.arange(len(square))
     if square.max() >= 2**(62 - bits): at = np.argsort(square, kind='stable'); return square[at], at
     both = np.sort(square << bits | at)
