@@ -19,7 +19,8 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from .core import UserError, atomic, regular
-from .run import Run, plain, write_json
+from .lines import plain, write_json
+from .run import Run
 from .settings import Settings, make_model
 from .resume import fingerprint
 from .train import check_sources, fit

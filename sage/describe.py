@@ -21,7 +21,7 @@ from .core import UserError, atomic, existing, regular
 from .geo import check_latlon
 from .photos import as_text, inside, list_images, numbers, photo_label, read_csv
 from .ranks import told
-from .run import damage
+from .records import damage
 from .sources import not_too_many
 from .where import describe_files, model_hash
 

@@ -14,7 +14,8 @@ from .core import UserError, regular
 from .places import place_rows
 from .model import SAGE, held_epoch, load_all, of_epoch, read_checked, read_header, save_sage
 from .ranks import first, from_first
-from .run import Run, checkpoint_paths, pause_path, plain
+from .lines import plain
+from .run import Run, checkpoint_paths, pause_path
 from .settings import Settings
 from .learner import SageModule, save_state, step_of
 

@@ -25,7 +25,9 @@ from .model import SAGE, save_sage
 from .graph import GeoSide, epoch_graph
 from .batches import CliqueBatches
 from .retrieval import recall_from_ranks, search
-from .run import Run, Stopped, answers_of, checkpoint_paths, pause_path, write_json
+from .lines import write_json
+from .answers import answers_of
+from .run import Run, Stopped, checkpoint_paths, pause_path
 from .lock import alone
 from .feed import Loader, Sources, Steps, Validation, Views, autocast, bar, NoNumbers, cache_bytes, deaf, described, embed, one_image_each, prefix_cache
 from .settings import Settings, make_model, precision_of, workers_of, recorded_settings

@@ -26,7 +26,7 @@ from .geo import to_latlon
 from .images import check_size, eval_transform, load_image
 from .model import create_sage
 from .photos import NoPosition, find_photo_csv, read_photos
-from .run import damage, read_parquet
+from .records import damage, read_parquet
 
 # %% ../nbs/46_where.ipynb #9f74fede
 def packaged_model() -> tuple: # (model, what it is in words, image size)

@@ -6,7 +6,9 @@ from sage.core import MissingPath, UserError
 from sage.places import make_table
 from sage.lock import alone
 from sage.model import read_header
-from sage.run import Run, answers_of, append_line, checkpoint_paths, plain, read_lines, reduce_descriptors
+from sage.lines import append_line, plain, read_lines
+from sage.answers import answers_of, reduce_descriptors
+from sage.run import Run, checkpoint_paths
 
 def tables(n=5, seed=0):
     g = np.random.default_rng(seed)

@@ -2,7 +2,8 @@
 import shutil, subprocess, sys, time
 import numpy as np, pandas as pd, pytest
 from sage.core import UserError
-from sage.run import Run, answer_arrays
+from sage.answers import answer_arrays
+from sage.run import Run
 from sage.viz import embedding as E
 from sage.viz.embedding import ERRORS, embeddable, embedding_figure, embedding_positions, embedding_view, errors_of, layout_step, neighbours_of, place_colors, placed, point_card, settle
 from sage.viz.graph import graph_figure, show_view

@@ -3,7 +3,8 @@ import shutil
 import numpy as np, pandas as pd, pytest
 from sage.core import MissingPath, UserError
 from sage.retrieval import positives_within, recall_from_ranks
-from sage.run import Answers, Run, answer_arrays
+from sage.answers import Answers, answer_arrays
+from sage.run import Run
 from sage.viz.graph import show_view
 from sage.viz.map import map_html
 from sage.viz.retrieval import answer_table, answered_epochs, asked, failure_map, failure_map_figure, failure_view, far, gallery_figure, metres_between, recall_curve, recall_curve_figure

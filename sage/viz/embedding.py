@@ -16,7 +16,8 @@ import plotly.graph_objects as go
 
 from ..core import UserError, seed_of, stream
 from ..retrieval import search
-from ..run import Run, reduce_descriptors
+from ..answers import reduce_descriptors
+from ..run import Run
 from .graph import View, _player, epoch_words, map_positions
 from .style import COLORS, escape, palette, place_label, place_labels, template, thumbnail
 

@@ -21,7 +21,7 @@ from plotly.offline import get_plotlyjs
 
 from ..core import UserError, atomic
 from ..look import descriptors_of
-from ..run import damage
+from ..records import damage
 from .attention import attention_figure, match_figure, probe_grid
 from .clique import drawn_clique_figure, neighbourhood_figure, spot_images
 from .embedding import embedding_figure

@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 
 from ..core import UserError
 from ..retrieval import move, zones_touch
-from ..run import Answers
+from ..answers import Answers
 from .graph import epoch_words, line_arrays, map_positions, name_cities
 from .map import add_ground, empty_map, features, fit, layer, map_coordinates
 from .attention import picture

@@ -18,7 +18,8 @@ from ..core import stream
 from ..graph import GeoSide, epoch_graph
 from ..places import make_table
 from ..retrieval import positives_within, recall_from_ranks, search
-from ..run import Run, answers_of
+from ..answers import answers_of
+from ..run import Run
 
 # %% ../../nbs/48_viz_toy.ipynb #ae9b3d0f
 STREETS = ((0, 100, 600, 100), (0, 300, 600, 300), (100, 0, 100, 400), (330, 0, 330, 400), (520, 0, 520, 400))   # from x, y to x, y in metres

@@ -23,7 +23,8 @@ from sage.photos import numbers, photo_label, read_csv, read_photos, whole_numbe
 from sage.places import check_table, make_table
 from sage.protocols import folder_protocol, load_benchmark
 from sage.resume import fingerprint
-from sage.run import Run, append_line, read_lines
+from sage.lines import append_line, read_lines
+from sage.run import Run
 from sage.viz.toy import toy_run
 from sage.where import ask, own_rows, read_map, update_map
 

@@ -11,7 +11,8 @@ import torch
 from sage.core import UserError
 from sage.model import load_official, load_sage
 from sage.photos import inside
-from sage.run import Run, read_lines
+from sage.lines import read_lines
+from sage.run import Run
 from sage.sources import load_checkpoint
 from sage.viz.report import write_report
 from sage.viz.toy import toy_run
