@@ -33,7 +33,10 @@ def begin(
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler: signal.signal(signal.SIGINT, stop := lambda *_: end('interrupted', 130))
     else: stop = None
     if said := senseless(): end(said, 2)
-    run = getattr(importlib.import_module(HOME[name]), name)
+    try: run = getattr(importlib.import_module(HOME[name]), name)
+    except ValueError as e:
+        if 'MPLBACKEND' not in os.environ or 'backend' not in str(e): raise
+        end(f'MPLBACKEND is {ascii(os.environ["MPLBACKEND"])} in the environment, which matplotlib does not know; unset it', 2)
     try:
         if stop and signal.getsignal(signal.SIGINT) is stop: signal.signal(signal.SIGINT, signal.default_int_handler)
         return run(argv)

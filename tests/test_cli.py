@@ -417,6 +417,10 @@ def test_no_number_of_threads(root, name, value):
     done = subprocess.run([sys.executable, root/'tools'/'command.py', 'sage_train', '--help'], capture_output=True, text=True, env=os.environ | {name: value})
     assert (done.returncode, done.stdout) == (2, '') and done.stderr == f'sage_train: {name} is {ascii(value.strip())} in the environment, which is no number of threads; set it to 1 or more, or unset it\n'
 
+def test_no_backend_of_matplotlib(root):
+    done = subprocess.run([sys.executable, root/'tools'/'command.py', 'sage_train', '--help'], capture_output=True, text=True, env=os.environ | dict(MPLBACKEND='qtag'))
+    assert (done.returncode, done.stdout, done.stderr) == (2, '', "sage_train: MPLBACKEND is 'qtag' in the environment, which matplotlib does not know; unset it\n")
+
 @pytest.mark.parametrize('threads', [dict(NUMBA_NUM_THREADS='', OMP_NUM_THREADS=''), dict(NUMBA_NUM_THREADS=' 2', OMP_NUM_THREADS='4, 2')])
 def test_a_number_of_threads(root, threads):
     done = subprocess.run([sys.executable, root/'tools'/'command.py', 'sage_train', '--help'], capture_output=True, text=True, env=os.environ | threads)
