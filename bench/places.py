@@ -14,7 +14,8 @@ from sage.benchmark import describe_table
 from sage.photos import read_photos
 from sage.places import make_places
 from sage.sources import world
-from sage.where import distinct_places, in_space, latlon, packaged_model
+from sage.ground import distinct_places, in_space, latlon
+from sage.where import packaged_model
 
 from common import arguments, keep
 

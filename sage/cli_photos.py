@@ -21,7 +21,9 @@ from .images import check_size, load_image
 from .photos import as_text, unread_csvs
 from .ranks import launch, launched, told
 from .sources import not_too_many
-from .where import PhotoMap, ask, describe_files, ground_metres, in_map, in_space, own_rows, packaged_model, threshold, update_map
+from .ground import ground_metres, in_space
+from .photo_map import PhotoMap
+from .where import ask, describe_files, in_map, own_rows, packaged_model, threshold, update_map
 from .command import Parser, check_model_flags, command, count, eval_side, max_bad_flag, metres, model_of, said, size
 from .describe import describe_parts, describe_to, image_list, own_position, part_size, parts_summary, parts_words
 from .viz.style import COLORS, escape, thumbnail

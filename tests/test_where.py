@@ -2,6 +2,7 @@
 import json, math, os, shutil, subprocess, sys, threading
 from fractions import Fraction
 
+import faiss
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,10 +11,12 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from pyproj import Geod
 
-from sage import where
+from sage import photo_map
 from sage.core import MissingPath, UserError, stream
 from sage.photos import photo_label
-from sage.where import (ask, calibrate, confidence, describe_files, distinct_places, ground_metres, in_map, in_space, list_map, model_hash, own_rows, packaged_model, read_map, threshold, update_map, write_map)
+from sage.ground import distinct_places, ground_metres, in_space
+from sage.photo_map import read_map, write_map
+from sage.where import ask, calibrate, confidence, describe_files, in_map, list_map, model_hash, own_rows, packaged_model, threshold, update_map
 
 SIZE = 56
 
@@ -299,7 +302,7 @@ def test_two_writers_and_a_reader(copy, model):
     m, errors, stop = read_map(copy), [], threading.Event()
     def write():
         try:
-            for _ in range(15): write_map(where.PhotoMap(m.root, m.folder, dict(m.about), m.files, m.index))
+            for _ in range(15): write_map(photo_map.PhotoMap(m.root, m.folder, dict(m.about), m.files, m.index))
         except Exception as e: errors.append(e)
     def read():
         try:
@@ -318,7 +321,7 @@ def test_two_writers_and_a_reader(copy, model):
 def test_a_failed_write_leaves_the_old_state(copy, model, monkeypatch):
     photo(copy/'new.png', 3, 55.703, 13.19); before = {p.name: p.read_bytes() for p in (copy/'.sage').iterdir()}
     def full(*a): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(where.faiss, 'write_index', full)
+    monkeypatch.setattr(faiss, 'write_index', full)
     with pytest.raises((OSError, UserError)): update_map(copy, model, SIZE)
     now = {p.name: p.read_bytes() for p in (copy/'.sage').iterdir()}
     assert all(now[n] == b for n, b in before.items()) and read_map(copy).index.ntotal == 30 and not [n for n in now if n.startswith('.')]
@@ -327,7 +330,8 @@ def test_a_failed_write_leaves_the_old_state(copy, model, monkeypatch):
 ASIDE = """
 import sys
 import numpy as np
-from sage.where import faiss, read_map
+import faiss
+from sage.photo_map import read_map
 memory = lambda: int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1])
 def grown(read):
     before = memory(); index = read(); index.search(np.zeros((1, index.d), np.float32), 3); return memory() - before
@@ -339,9 +343,9 @@ print(grown(lambda: read_map(sys.argv[2]).index), grown(lambda: faiss.read_index
 def test_the_descriptors_stay_on_the_disk(ready, copy):
     "Thirty very long descriptors, 84 MB, in a process of its own: how much memory one holds depends on what went before."
     if not os.path.exists('/proc/self/status'): pytest.skip('no /proc here')
-    m, long = read_map(copy), where.faiss.IndexFlatL2(700_000)
-    long.add(np.random.default_rng(0).random((30, long.d), np.float32)); write_map(where.PhotoMap(m.root, m.folder, m.about | dict(dim=long.d), m.files, long))
-    done = subprocess.run([sys.executable, '-c', ASIDE, str(ready), str(copy)], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': os.pathsep.join([os.path.dirname(os.path.dirname(where.__file__)), os.environ.get('PYTHONPATH', '')])})
+    m, long = read_map(copy), faiss.IndexFlatL2(700_000)
+    long.add(np.random.default_rng(0).random((30, long.d), np.float32)); write_map(photo_map.PhotoMap(m.root, m.folder, m.about | dict(dim=long.d), m.files, long))
+    done = subprocess.run([sys.executable, '-c', ASIDE, str(ready), str(copy)], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': os.pathsep.join([os.path.dirname(os.path.dirname(photo_map.__file__)), os.environ.get('PYTHONPATH', '')])})
     assert done.returncode == 0, done.stderr
     mapped, read = map(int, done.stdout.split())
     assert mapped < 15_000 and read > 60_000, done.stdout                                            # they stay where they are; one that does not is seen
@@ -426,7 +430,8 @@ import resource, sys
 from pathlib import Path
 from test_where import photo
 from sage.core import UserError
-from sage.where import packaged_model, read_map, update_map
+from sage.photo_map import read_map
+from sage.where import packaged_model, update_map
 root, model = Path(sys.argv[1]), packaged_model()[0]
 size = next((root/'.sage').glob('*.faiss')).stat().st_size
 photo(root/'new.png', 5, 55.71, 13.19)
@@ -455,9 +460,9 @@ def test_an_index_that_says_other_things_is_damaged(copy, model, change):
 @pytest.mark.parametrize('kind', ['IndexFlatIP', 'IndexIVFFlat'])
 def test_an_index_of_another_kind_is_damaged(copy, model, kind):
     "Distances that are none, or one that cannot give its descriptors back."
-    path, = (copy/'.sage').glob('*.faiss'); old = where.faiss.read_index(str(path))
-    other = where.faiss.IndexFlatIP(old.d) if 'IP' in kind else where.faiss.IndexIVFFlat(where.faiss.IndexFlatL2(old.d), old.d, 1)
-    other.train(old.reconstruct_n(0, 30)); other.add(old.reconstruct_n(0, 30)); where.faiss.write_index(other, str(path))
+    path, = (copy/'.sage').glob('*.faiss'); old = faiss.read_index(str(path))
+    other = faiss.IndexFlatIP(old.d) if 'IP' in kind else faiss.IndexIVFFlat(faiss.IndexFlatL2(old.d), old.d, 1)
+    other.train(old.reconstruct_n(0, 30)); other.add(old.reconstruct_n(0, 30)); faiss.write_index(other, str(path))
     about = copy/'.sage'/'index.json'; found = json.loads(about.read_text()); found['bytes'][path.name] = path.stat().st_size
     about.write_text(json.dumps(found))
     says('--rebuild', read_map, copy)
@@ -465,11 +470,11 @@ def test_an_index_of_another_kind_is_damaged(copy, model, kind):
 def test_an_index_cut_within_its_header_is_damaged(copy):
     "FAISS would end the process there (a length that index.json tells right is no help)."
     path, = (copy/'.sage').glob('*.faiss'); about = copy/'.sage'/'index.json'; whole, found = path.read_bytes(), json.loads(about.read_text())
-    assert where._is_flat(path, 30, found['dim']) and not where._is_flat(path, 29, found['dim']) and not where._is_flat(path, 30, found['dim'] + 1) and not where._is_flat(path, 30, 2**70)
+    assert photo_map.is_flat(path, 30, found['dim']) and not photo_map.is_flat(path, 29, found['dim']) and not photo_map.is_flat(path, 30, found['dim'] + 1) and not photo_map.is_flat(path, 30, 2**70)
     for end in (0, 3, 25, 30, 44, 45, len(whole) - 1):
         path.write_bytes(whole[:end]); found['bytes'][path.name] = end; about.write_text(json.dumps(found))
         says('--rebuild', read_map, copy)
-    longer = where._FLAT.pack(b'IxF2', 2**31 - 1, 30, True, 1, 30*(2**31 - 1)); path.write_bytes(longer); found['bytes'][path.name] = len(longer); about.write_text(json.dumps(found | dict(dim=2**31 - 1)))
+    longer = photo_map._FLAT.pack(b'IxF2', 2**31 - 1, 30, True, 1, 30*(2**31 - 1)); path.write_bytes(longer); found['bytes'][path.name] = len(longer); about.write_text(json.dumps(found | dict(dim=2**31 - 1)))
     says('--rebuild', read_map, copy)                                                              # numbers that are not there
 
 

@@ -26,7 +26,8 @@ from sage.resume import fingerprint
 from sage.lines import append_line, read_lines
 from sage.run import Run
 from sage.viz.toy import toy_run
-from sage.where import ask, own_rows, read_map, update_map
+from sage.photo_map import read_map
+from sage.where import ask, own_rows, update_map
 
 MUCH = bool(os.environ.get('SAGE_TORTURE'))
 SHARES = dict(names=25_000, exif=30_000, csv=14_000, run=14_000, checkpoints=12_000, headers=4_000, sets=5_000, index=2_500, tables=2_500, states=2_500)       # 111,500; some of `sets` and `index` twice
