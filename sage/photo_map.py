@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .core import MissingPath, UserError, atomic, existing, regular
+from .places import FARTHEST
 from .ground import in_space
 from .records import damage, read_parquet
 
@@ -73,9 +74,10 @@ _KINDS = dict(image='text', bytes='i', changed='i', sha='text', reason='text', l
 FILE_COLUMNS = tuple(_KINDS)
 
 def _is_files(files):
-    "Whether a table has the columns of a map's photographs, each of its kind."
+    "Whether a table has the columns of a map's photographs, each of its kind, and a position for every one that answers."
     def kind(column): return column.dtype.kind if column.dtype.kind in 'if' else 'text' if pd.api.types.infer_dtype(column.to_numpy(object), skipna=False) in ('string', 'empty') else ''
-    return set(_KINDS) <= set(files) and all(kind(files[c]) == k for c, k in _KINDS.items())
+    if not set(_KINDS) <= set(files) or any(kind(files[c]) != k for c, k in _KINDS.items()): return False
+    with np.errstate(all='ignore'): return bool((np.abs(in_space(files[files.reason == ''])) <= FARTHEST).all())
 
 # %% ../nbs/28_photo_map.ipynb #n20b10e4
 def _opened(root, folder, about):

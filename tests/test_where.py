@@ -478,6 +478,19 @@ def test_an_index_cut_within_its_header_is_damaged(copy):
     says('--rebuild', read_map, copy)                                                              # numbers that are not there
 
 
+@pytest.mark.parametrize('change', [dict(lat=math.nan, easting=math.nan), dict(lon=math.inf, northing=-math.inf), dict(lat=math.nan, easting=1e200)])
+def test_an_index_with_a_photograph_of_nowhere_is_damaged(copy, change, recwarn):
+    "A position that is none would end the search for what is near an answer; one that does not answer may be without."
+    path, = (copy/'.sage').glob('*.parquet'); about = copy/'.sage'/'index.json'; found, files = json.loads(about.read_text()), pd.read_parquet(path)
+    def keep(row):
+        files.assign(**{c: files[c].where(np.arange(len(files)) != row, v) for c, v in change.items()}).to_parquet(path, index=False)
+        found['bytes'][path.name] = path.stat().st_size; about.write_text(json.dumps(found))
+    files.loc[len(files)] = files.iloc[0].to_dict() | dict(image='z.png', reason='the file is empty')
+    keep(len(files) - 1); assert read_map(copy).left_out[-1] == ('z.png', 'the file is empty')
+    keep(7); says('its parts do not belong together', read_map, copy)
+    assert not recwarn.list
+
+
 # ---- real photographs
 
 def test_lund_photo_by_photo(shared, tmp_path, model):
