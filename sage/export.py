@@ -21,7 +21,8 @@ from torch import nn
 from .core import MissingPath, UserError, atomic, pick_device, seed_of, stream
 from .geo import to_latlon
 from .images import MEAN, STD, check_size
-from .model import SAGE, held_epoch
+from .checkpoint import held_epoch
+from .model import SAGE
 from .run import Run
 from .retrieval import search
 from .benchmark import describe_table

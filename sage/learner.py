@@ -14,7 +14,8 @@ from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner
 from torch.utils.checkpoint import checkpoint
 from .core import UserError, seed_of
-from .model import SAGE, read_checked, write_checked
+from .checkpoint import read_checked, write_checked
+from .model import SAGE
 from .ranks import gathered, world
 from .feed import by_source, run_views, tokens_of
 from .settings import Settings

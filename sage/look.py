@@ -14,7 +14,8 @@ import torch
 
 from .core import UserError
 from .images import eval_transform, load_image
-from .model import SAGE, load_sage, of_epoch, read_header
+from .checkpoint import of_epoch, read_header
+from .model import SAGE, load_sage
 from .run import Run
 
 # %% ../nbs/37_look.ipynb #e98c42f2

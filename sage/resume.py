@@ -12,7 +12,8 @@ from dataclasses import asdict
 import pandas as pd
 from .core import UserError, regular
 from .places import place_rows
-from .model import SAGE, held_epoch, load_all, of_epoch, read_checked, read_header, save_sage
+from .checkpoint import held_epoch, of_epoch, read_checked, read_header
+from .model import SAGE, load_all, save_sage
 from .ranks import first, from_first
 from .lines import plain
 from .run import Run, checkpoint_paths, pause_path

@@ -19,7 +19,8 @@ from .formats import detect_format, in_validation_city, read_msls, read_places
 from .world import make_world
 from .images import scan_images
 from .backbone import packaged_file
-from .model import held_epoch, load_official, load_sage, of_epoch, read_header
+from .checkpoint import held_epoch, of_epoch, read_header
+from .model import load_official, load_sage
 from .run import Run
 from .retrieval import positives_within
 from .protocols import EvalSet, PROTOCOLS, Protocol, folder_protocol, get_protocol, keep_rows, load_benchmark

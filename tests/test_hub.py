@@ -7,9 +7,11 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from sage.checkpoint import read_header
 from sage.core import MissingPath, UserError
 from sage.export import card_slots, write_hub
-from sage.model import SAGE, create_sage, load_official, load_sage, official_name, read_header, save_sage
+from sage.model import SAGE, create_sage, load_official, load_sage, save_sage
+from sage.official import official_name
 from sage.places import make_table
 from sage.retrieval import fit_pca
 from sage.run import Run

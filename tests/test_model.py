@@ -8,8 +8,9 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 
 from sage.backbone import NANO, Backbone, hub_reachable, make_vit, nano_vit, pack_nano, packaged_nano, read_tensors, resample_positions
+from sage.checkpoint import read_header
 from sage.core import MissingPath, UserError
-from sage.model import create_sage, load_official, load_sage, parameter_table, raw_descriptors, read_header, save_sage
+from sage.model import create_sage, load_official, load_sage, parameter_table, raw_descriptors, save_sage
 
 SMALL = dict(backbone='sage_nano', pretrained=False, probes=8, probe_dim=16, token_dim=12)
 
@@ -428,7 +429,7 @@ def test_save_random_backbone(tmp_path):
 def test_saving_is_atomic(tmp_path, monkeypatch):
     path = save_sage(create_sage(**SMALL), tmp_path / 'm.safetensors')
     before = path.read_bytes()
-    monkeypatch.setattr('sage.model.save_file', lambda *a, **k: (_ for _ in ()).throw(OSError('disk full')))
+    monkeypatch.setattr('sage.checkpoint.save_file', lambda *a, **k: (_ for _ in ()).throw(OSError('disk full')))
     with pytest.raises(OSError): save_sage(create_sage(**SMALL, seed=1), path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ['m.safetensors']
 

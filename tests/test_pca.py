@@ -12,11 +12,13 @@ from sklearn.decomposition import PCA
 
 from sage import cli_export
 from sage.benchmark import describe_table
+from sage.checkpoint import read_header
 from sage.core import UserError
 from sage.feed import Views, embed
 from sage.formats import write_gsv, write_utm
 from sage.images import eval_transform
-from sage.model import create_sage, load_official, load_sage, official_name, read_header, save_sage
+from sage.model import create_sage, load_official, load_sage, save_sage
+from sage.official import official_name
 from sage.places import make_table
 from sage.retrieval import apply_pca, fit_pca, pca_solver
 from sage.run import Run

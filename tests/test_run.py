@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from sage.core import MissingPath, UserError
 from sage.places import make_table
 from sage.lock import alone
-from sage.model import read_header
+from sage.checkpoint import read_header
 from sage.lines import append_line, plain, read_lines
 from sage.answers import answers_of, reduce_descriptors
 from sage.run import Run, checkpoint_paths

@@ -8,8 +8,9 @@ import torch
 
 import sage.backbone, sage.model
 from sage.backbone import packaged_file, weights_folder
+from sage.checkpoint import read_header
 from sage.core import MissingPath, UserError
-from sage.model import create_sage, load_sage, read_header
+from sage.model import create_sage, load_sage
 from sage.sources import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

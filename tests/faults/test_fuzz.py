@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from scipy.io import savemat
 
+from sage.checkpoint import read_checked, read_header
 from sage.cli import summary
 from sage.describe import image_list
 from sage.core import UserError
@@ -18,7 +19,8 @@ from sage.export import geojson, recorded, recorded_answers, write_parquet
 from sage.formats import read_gsv, read_msls, utm_fields, write_gsv, write_msls
 from sage.images import load_image
 from sage.learner import load_state, save_state
-from sage.model import build_sage, create_sage, load_official, load_sage, official_name, read_checked, read_header, save_sage
+from sage.model import build_sage, create_sage, load_official, load_sage, save_sage
+from sage.official import official_name
 from sage.photos import numbers, photo_label, read_csv, read_photos, whole_numbers
 from sage.places import check_table, make_table
 from sage.protocols import folder_protocol, load_benchmark

@@ -13,6 +13,7 @@ from test_train import settings, toy_table
 from sage import cli
 from sage.aside import Aside
 from sage.batches import STRATEGIES, CliqueBatches
+from sage.checkpoint import read_checked
 from sage.core import UserError
 from sage.feed import Loader, Sources, Steps, Views, deaf, embed
 from sage.graph import affinity
@@ -22,7 +23,6 @@ from sage.places import make_table
 from sage.retrieval import recall_at_k
 from sage.run import Run
 from sage.settings import make_model
-from sage.model import read_checked
 from sage.train import EpochGraph, again, fit
 
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np, torch
-from sage.model import read_checked
+from sage.checkpoint import read_checked
 from sage.places import place_rows
 from sage.run import Run, checkpoint_paths, pause_path
 from sage.settings import Settings, make_model
