@@ -23,7 +23,8 @@ from .lines import plain, write_json
 from .run import Run
 from .settings import Settings, make_model
 from .resume import fingerprint
-from .train import check_sources, fit
+from .supply import check_sources
+from .train import fit
 
 # %% ../nbs/44_ablation.ipynb #a7e271f6
 POOLINGS = {'CFP': 0., 'SoftP': .5} # pooling → bound α of the soft weights

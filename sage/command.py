@@ -21,8 +21,8 @@ from fastcore.docments import docments
 from .core import UserError, atomic, one_line
 from .model import create_sage
 from .stream import parse_memory
+from .run import Stopped
 from .settings import Settings
-from .train import Stopped
 from .sources import load_checkpoint
 
 # %% ../nbs/65_command.ipynb #d392ec5e

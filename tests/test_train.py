@@ -15,10 +15,11 @@ from sage.images import eval_transform, train_transform
 from sage.learner import SageModule
 from sage.places import make_table
 from sage.prefix import PrefixCache
-from sage.run import Run, checkpoint_paths, pause_path
+from sage.run import Run, Stopped, checkpoint_paths, pause_path
 from sage.settings import Settings, make_model
 from sage.resume import last_whole
-from sage.train import Stopped, beside, fit
+from sage.epoch import beside
+from sage.train import fit
 
 def toy_table(root, places=24, views=6, side=56, seed=0):
     "A place is a coloured pattern; its views are shifted and shaded. 60 m between places, 8 m within."
@@ -168,7 +169,7 @@ def test_a_disk_that_is_full_when_it_stops(whole, towns, tmp_path, monkeypatch):
     go = lambda **how: train(settings(), towns, run, labelled=True, **how)
     with monkeypatch.context() as m:
         def full(*a): raise OSError(28, 'No space left on device', 'FILE')
-        m.setattr('sage.train.EpochGraph.write_pause', full)
+        m.setattr('sage.epoch.EpochGraph.write_pause', full)
         with pytest.raises(UserError, match='FILE: No space left.*after step 5.*goes on after epoch 1'): go(stop=AtStep(run, 5))
     assert_same(whole, go(resume=True))
 
@@ -184,7 +185,7 @@ def test_killed_after_going_on_from_a_stopped_epoch(whole, towns, tmp_path, monk
     go = lambda **how: train(settings(), towns, run, labelled=True, **how)
     with pytest.raises(Stopped): go(stop=AtStep(run, 4))
     with monkeypatch.context() as m:
-        m.setattr('sage.train.EpochGraph.write_pause', lambda *a: None)                                     # as SIGKILL
+        m.setattr('sage.epoch.EpochGraph.write_pause', lambda *a: None)                                     # as SIGKILL
         with pytest.raises(Stopped): go(resume=True, stop=AtStep(run, 5))
     done, made = steps_of(lambda: go(resume=True), monkeypatch)
     assert made == [5, 6]
@@ -475,7 +476,7 @@ sys.path[:0] = {path!r}
 import torch; torch.set_num_threads(1)
 import pandas as pd
 from test_train import hold_step, settings, train
-from sage.train import Stopped
+from sage.run import Stopped
 towns = [pd.read_parquet(p) for p in {tables!r}]
 hold_step(5)
 print('go', flush=True)

@@ -112,7 +112,7 @@ def test_the_command_is_refused(tmp_path, root):
     run = Run.create(tmp_path/'run', dict(settings={}, model={}, data={}))
     p = hold(run.path)
     before = {q: q.stat().st_mtime_ns for q in run.path.rglob('*')}
-    code = f"import sys; sys.argv[1:] = []; from sage.train import fit, alone\nfrom sage.command import command\n@command\ndef sage_train(argv):\n    with alone({str(run.path)!r}): pass\nsage_train([])"
+    code = f"import sys; sys.argv[1:] = []; from sage.lock import alone\nfrom sage.train import fit\nfrom sage.command import command\n@command\ndef sage_train(argv):\n    with alone({str(run.path)!r}): pass\nsage_train([])"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(root), 'PYTHONWARNINGS': 'ignore'})
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and f'process {p.pid}' in done.stderr, done.stderr
     assert {q: q.stat().st_mtime_ns for q in run.path.rglob('*')} == before

@@ -23,7 +23,8 @@ from sage.places import make_table
 from sage.retrieval import recall_at_k
 from sage.run import Run
 from sage.settings import make_model
-from sage.train import EpochGraph, again, fit
+from sage.epoch import EpochGraph
+from sage.train import again, fit
 
 
 @pytest.fixture(scope='module')

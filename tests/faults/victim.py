@@ -18,7 +18,8 @@ from sage.sources import world
 from sage.command import command
 from sage.learner import SageModule
 import sage.train as train_module
-from sage.train import EpochGraph, fit
+from sage.epoch import EpochGraph
+from sage.train import fit
 
 torch.set_num_threads(1)
 TINY = Settings(backbone='sage_nano', probes=8, probe_dim=16, token_dim=32, image_size=42, eval_size=42, places_per_batch=2, images_per_place=3, min_size=3, steps=3, epochs=2, log_every=1, embed_batch=16,
