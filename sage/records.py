@@ -7,7 +7,7 @@ __all__ = ['PLACES', 'NODES', 'EDGES', 'CLIQUES', 'MORE', 'IS', 'ARE', 'damage',
            'read_array']
 
 # %% ../nbs/24_records.ipynb #n12681fd
-import math, struct, tokenize, zipfile, zlib
+import io, math, os, struct, tokenize, zipfile, zlib
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
 from .core import UserError, check_unpacked, regular
@@ -36,6 +36,51 @@ def read_npz(
                 found[entry.filename.removesuffix('.npy')] = np.lib.format.read_array(f, allow_pickle=False)
     return found
 
+# %% ../nbs/24_records.ipynb #n2c1e880
+def _taken(f, n): # the next n bytes
+    data = f.read(n)
+    if len(data) < n: raise ValueError('its directory breaks off')
+    return data
+
+def _whole(f): # a whole number, seven bits a byte
+    n = shift = 0
+    while shift < 70:
+        byte = _taken(f, 1)[0]
+        n |= (byte & 127) << shift
+        if byte < 128: return n
+        shift += 7
+    raise ValueError('a number of more than 64 bits')
+
+def _thrift(f, kind): # a value in Thrift's compact protocol; a structure is {(field, kind): value}
+    if kind in (1, 2): return kind == 1
+    if kind == 3: return _taken(f, 1)[0]
+    if kind in (4, 5, 6): return (n := _whole(f)) >> 1 ^ -(n & 1)
+    if kind in (7, 8): return _taken(f, 8 if kind == 7 else _whole(f))
+    if kind in (9, 10): return _thrift_list(f, _taken(f, 1)[0])
+    if kind != 12: raise ValueError(f'a value of kind {kind} in its directory')
+    found, field = {}, 0
+    while head := _taken(f, 1)[0]:
+        field = field + (head >> 4) if head > 15 else _thrift(f, 4)
+        found[field, head & 15] = _thrift(f, head & 15)
+    return found
+
+def _thrift_list(f, head):
+    n, kind = head >> 4 if head < 240 else _whole(f), head & 15
+    if kind < 3: raise ValueError('a list of yes and no in its directory')          # which would take no bytes here, however long
+    return [_thrift(f, kind) for _ in range(n)]
+
+# %% ../nbs/24_records.ipynb #na13ec28
+def _directory(path): # for each group of rows: how many, and how many numbers each column has
+    with open(path, 'rb') as f:
+        f.seek(-8, os.SEEK_END)
+        length, magic = struct.unpack('<I4s', f.read(8))
+        if magic != b'PAR1' or length > 2**24: raise ValueError('its directory is not at its end, or larger than 16 MiB')
+        f.seek(-8 - length, os.SEEK_END)
+        told = _thrift(io.BytesIO(f.read(length)), 12)
+    groups = [(group[3, 6], [column[3, 12][5, 6] for column in group[1, 9]]) for group in told[4, 9]]
+    if any(min([rows, *numbers]) < 0 for rows, numbers in groups): raise ValueError('less than nothing in its directory')
+    return groups
+
 # %% ../nbs/24_records.ipynb #n3109ac2
 def _is_number(t): return pa.types.is_integer(t) or pa.types.is_floating(t) or pa.types.is_boolean(t) or pa.types.is_null(t)
 
@@ -50,10 +95,8 @@ def read_parquet(
     remedy='copy the run again', # what the user can do where it is none of ours
 ) -> pd.DataFrame:
     "A table of numbers, texts and lists of numbers. Raises UserError before it would take more memory than such a file may; one of `damage` where it is none."
-    with pq.ParquetFile(regular(path, remedy)) as f: schema, told = f.schema_arrow, f.metadata
-    if told.num_columns != len(schema): raise ValueError('columns within columns')
-    groups = [told.row_group(i) for i in range(told.num_row_groups)]
-    size = sum(_bytes(field.type, g.column(i).num_values, g.num_rows) for g in groups for i, field in enumerate(schema))
+    with pq.ParquetFile(regular(path, remedy)) as f: schema = f.schema_arrow
+    size = sum(_bytes(field.type, n, rows) for rows, numbers in _directory(path) for field, n in zip(schema, numbers, strict=True))
     check_unpacked(size, path, remedy)
     texts = [field.name for field in schema if _text(field.type)]
     with pq.ParquetFile(path, read_dictionary=texts) as f: columns = f.read(columns=texts).columns if texts else ()

@@ -381,3 +381,36 @@ def test_what_is_no_lock_and_no_pause(run, kind):
 def test_a_link_to_a_file_is_followed(run, tmp_path):
     run.log(epoch=0); (run.path/'metrics.jsonl').rename(tmp_path/'m'); (run.path/'metrics.jsonl').symlink_to(tmp_path/'m')
     assert len(run.metrics()) == 1
+
+TURNED = '''
+import sys
+from pathlib import Path
+from sage.core import UserError
+from sage.records import read_table
+path = Path(sys.argv[1]); data = path.read_bytes()
+start, said = len(data) - 8 - int.from_bytes(data[-8:-4], 'little'), 0
+for i in range(start, len(data)):
+    for bit in (1, 2, 16):
+        path.write_bytes(data[:i] + bytes([data[i] ^ bit]) + data[i + 1:])
+        try: read_table(path)
+        except UserError: said += 1
+print(len(data) - start, said)
+'''
+
+def test_a_turned_bit_in_the_directory_of_a_table_does_not_end_the_process(run):
+    "pyarrow's own view of a column's directory does: an error of C++ that nobody catches."
+    path = run.write_epoch(0, *tables())/'cliques.parquet'
+    pd.read_parquet(path).assign(affinities=[[.5, 1.]]*len(pd.read_parquet(path))).to_parquet(path, index=False)
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', TURNED, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    tried, said = map(int, done.stdout.split())
+    assert tried > 1000 and said > tried, done.stdout
+
+@pytest.mark.parametrize('rows, size', [(0, 10), (1, 10), (1000, 10), (1000, 300)])
+def test_the_directory_of_a_table_is_what_pyarrow_says(tmp_path, rows, size):
+    import pyarrow as pa, pyarrow.parquet as pq
+    from sage.records import _directory
+    pq.write_table(pa.table(dict(a=np.arange(rows), t=[f'{i % 7}' for i in range(rows)], l=pa.array([[0]*(i % 4) for i in range(rows)], pa.list_(pa.int32())), n=pa.array([None]*rows, pa.float64()))), tmp_path/'t.parquet', row_group_size=size)
+    told = pq.ParquetFile(tmp_path/'t.parquet').metadata
+    groups = [told.row_group(i) for i in range(told.num_row_groups)]
+    assert _directory(tmp_path/'t.parquet') == [(g.num_rows, [g.column(j).num_values for j in range(told.num_columns)]) for g in groups]
