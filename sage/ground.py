@@ -23,7 +23,7 @@ def latlon(
 def in_space(
     df:pd.DataFrame, # lat, lon; easting and northing where those are unknown
 ) -> np.ndarray:     # metres [N, 3]
-    "Positions whose straight distances are metres over the ground (WGS 84; 1 mm in 5 km)."
+    "Positions whose straight distances are metres over the ground (WGS 84; 1 mm in 10 km)."
     lat, lon = np.radians(df[['lat', 'lon']].to_numpy(float)).T
     a, e2 = 6378137., 0.0066943799901413165
     n = a / np.sqrt(1 - e2*np.sin(lat)**2)

@@ -413,4 +413,28 @@ def test_the_directory_of_a_table_is_what_pyarrow_says(tmp_path, rows, size):
     pq.write_table(pa.table(dict(a=np.arange(rows), t=[f'{i % 7}' for i in range(rows)], l=pa.array([[0]*(i % 4) for i in range(rows)], pa.list_(pa.int32())), n=pa.array([None]*rows, pa.float64()))), tmp_path/'t.parquet', row_group_size=size)
     told = pq.ParquetFile(tmp_path/'t.parquet').metadata
     groups = [told.row_group(i) for i in range(told.num_row_groups)]
-    assert _directory(tmp_path/'t.parquet') == [(g.num_rows, [g.column(j).num_values for j in range(told.num_columns)]) for g in groups]
+    assert _directory(tmp_path/'t.parquet') == [(g.num_rows, [(g.column(j).num_values, g.column(j).total_uncompressed_size) for j in range(told.num_columns)]) for g in groups]
+
+def test_a_directory_that_arrow_would_read_otherwise_is_refused(tmp_path):
+    "Arrow takes a field's number for one of 16 bits, and the elements of a list for those it expects, whatever is said of them."
+    import io
+    from sage.records import _thrift
+    field = lambda number, kind: bytes([kind]) + bytes([(v := 2*number) & 127 | 128, v >> 7 & 127 | 128, v >> 14])       # in its long form
+    for bad in (field(65540, 6) + b'\x02\x00', b'\x15\x02\x05\x02\x02\x00', b'\x05\x00\x02\x00', b'\x05\x01\x02\x00'):
+        with pytest.raises(ValueError, match='fields out of order'): _thrift(io.BytesIO(bad), 12)
+    assert _thrift(io.BytesIO(b'\x29\x15\x04\x00'), 12, (4, 1, 3)) == {(2, 9): [2]}
+    for bad in (b'\x29\x18\x04aaaa\x00', b'\x29\x11\x01\x00', b'\x2a\x15\x04\x00', b'\xf9\x1c\x00\x00'):
+        with pytest.raises(ValueError, match='in its directory'): _thrift(io.BytesIO(bad), 12, (4, 1, 3))
+
+def test_tables_that_unpack_to_much_are_refused_before_they_are_read(run, tmp_path):
+    "A long text a group; two columns of one name, of which pyarrow would unpack one as a whole."
+    import pyarrow as pa, pyarrow.parquet as pq
+    path = run.write_epoch(0, *tables())/'nodes.parquet'
+    schema = pa.schema([('t', pa.string())])
+    with pq.ParquetWriter(path, schema, compression='zstd') as w:
+        for _ in range(8): w.write_table(pa.table(dict(t=['x' * 150_000_000]), schema))
+    assert path.stat().st_size < 10**6
+    with pytest.raises(UserError, match='would fill 1.* GiB of memory|would fill 2.* GiB of memory'): run.nodes()
+    few = pa.array(['x' * 100_000]).take(pa.array([0]*1000))
+    pq.write_table(pa.Table.from_arrays([few, pa.array(['y']*1000)], names=['t', 't']), path)
+    with pytest.raises(UserError, match='a column occurs twice'): run.nodes()
