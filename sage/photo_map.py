@@ -77,7 +77,10 @@ def _is_files(files):
     "Whether a table has the columns of a map's photographs, each of its kind, and a position for every one that answers."
     def kind(column): return column.dtype.kind if column.dtype.kind in 'if' else 'text' if pd.api.types.infer_dtype(column.to_numpy(object), skipna=False) in ('string', 'empty') else ''
     if not set(_KINDS) <= set(files) or any(kind(files[c]) != k for c, k in _KINDS.items()): return False
-    with np.errstate(all='ignore'): return bool((np.abs(in_space(files[files.reason == ''])) <= FARTHEST).all())
+    placed = files[files.reason == '']
+    degrees, plan = (np.isfinite(placed[c]).all(axis=1) for c in (['lat', 'lon'], ['easting', 'northing']))
+    if not (degrees | placed[['lat', 'lon']].isna().all(axis=1) & plan).all(): return False
+    return bool((np.abs(in_space(placed)) <= FARTHEST).all())
 
 # %% ../nbs/28_photo_map.ipynb #n20b10e4
 def _opened(root, folder, about):
@@ -133,6 +136,7 @@ def write_map(
     m:PhotoMap, # its `about` gets the names of the files
 ) -> PhotoMap:  # read again from the disk
     "Write a state of the map: two new files, then `index.json` in one step; the files of the state before it leave."
+    if not _is_files(m.files): raise UserError(f'{m.folder}: not written, a column is missing or a photograph stands nowhere; list the folder anew')
     name = uuid.uuid4().hex[:12]
     new = dict(files=f'{name}.parquet', index=f'{name}.faiss')
     with atomic(m.folder/new['files']) as part: m.files.to_parquet(part, index=False)

@@ -18,6 +18,8 @@ def damage() -> tuple: # of exceptions
     "What readers of parquet, npy and npz, and whoever uses what they read, raise on bytes that nobody wrote."
     return (OSError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError, AttributeError, SyntaxError, tokenize.TokenError, struct.error, zlib.error, zipfile.BadZipFile, pa.ArrowException)
 
+def _short(error): return ' '.join(str(error).split())[:120] or type(error).__name__
+
 # %% ../nbs/24_records.ipynb #n59e45f7
 def read_npz(
     path, # *.npz
@@ -75,14 +77,31 @@ def _thrift_list(f, head, at):
 # %% ../nbs/24_records.ipynb #na13ec28
 def _directory(path): # for each group of rows: how many, and of each column (numbers, bytes when unpacked)
     with open(path, 'rb') as f:
-        f.seek(-8, os.SEEK_END)
+        end = f.seek(-8, os.SEEK_END)
         length, magic = struct.unpack('<I4s', f.read(8))
         if magic != b'PAR1' or length > 2**20: raise ValueError('its directory is not at its end, or larger than 1 MiB')
-        f.seek(-8 - length, os.SEEK_END)
+        f.seek(end - length)
         told = _thrift(io.BytesIO(f.read(length)), 12)
-    groups = [(group[3, 6], [(column[3, 12][5, 6], column[3, 12][6, 6]) for column in group[1, 9]]) for group in told[4, 9]]
-    if any(min([rows, *sum(columns, ())]) < 0 for rows, columns in groups): raise ValueError('less than nothing in its directory')
-    return groups
+        columns = [[column[3, 12] for column in group[1, 9]] for group in told[4, 9]]
+        sizes = [c[7, 6] for group in columns for c in group]
+        if min(sizes, default=0) < 0 or sum(sizes) > end: raise ValueError('columns that lie in one another')
+        return [(group[3, 6], [(c[5, 6], _unpacked(f, c)) for c in cs]) for group, cs in zip(told[4, 9], columns)]
+
+def _unpacked(f, column): # bytes of its pages when unpacked
+    if not column[5, 6]: return 0                                                          # nobody looks for a page
+    first, held, size = column[9, 6], 0, 0
+    start = min(first, column.get((11, 6), 0) or first)                                    # its dictionary, if it has one
+    end = start + column[7, 6]
+    f.seek(start)
+    while f.tell() < end:
+        page = _thrift(f, 12)
+        kind = {0: 5, 2: 7, 3: 8}[page[1, 5]]                                              # numbers, dictionary, numbers in a newer way
+        count = page[kind, 12][1, 5]
+        if min(count, page[2, 5], page[3, 5]) < 0 or kind == 7 and count > page[2, 5]: raise ValueError('a page of a size that cannot be')
+        held, size = held + count*(kind != 7), size + page[2, 5]
+        f.seek(page[3, 5], os.SEEK_CUR)
+    if held != column[5, 6] or f.tell() != end: raise ValueError('its pages hold other numbers than its directory says')
+    return size
 
 # %% ../nbs/24_records.ipynb #n3109ac2
 def _is_number(t): return pa.types.is_integer(t) or pa.types.is_floating(t) or pa.types.is_boolean(t) or pa.types.is_null(t)
@@ -144,5 +163,3 @@ def read_array(
         return read_npz(path)
     except UserError: raise
     except damage() as e: raise UserError(f'{path}: damaged, not readable ({_short(e)}); copy the run again') from None
-
-def _short(error): return ' '.join(str(error).split())[:120] or type(error).__name__

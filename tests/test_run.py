@@ -413,7 +413,10 @@ def test_the_directory_of_a_table_is_what_pyarrow_says(tmp_path, rows, size):
     pq.write_table(pa.table(dict(a=np.arange(rows), t=[f'{i % 7}' for i in range(rows)], l=pa.array([[0]*(i % 4) for i in range(rows)], pa.list_(pa.int32())), n=pa.array([None]*rows, pa.float64()))), tmp_path/'t.parquet', row_group_size=size)
     told = pq.ParquetFile(tmp_path/'t.parquet').metadata
     groups = [told.row_group(i) for i in range(told.num_row_groups)]
-    assert _directory(tmp_path/'t.parquet') == [(g.num_rows, [(g.column(j).num_values, g.column(j).total_uncompressed_size) for j in range(told.num_columns)]) for g in groups]
+    found = _directory(tmp_path/'t.parquet')
+    assert [(n, [numbers for numbers, _ in columns]) for n, columns in found] == [(g.num_rows, [g.column(j).num_values for j in range(told.num_columns)]) for g in groups]
+    sizes = [(unpacked, g.column(j).total_uncompressed_size) for g, (_, columns) in zip(groups, found) for j, (_, unpacked) in enumerate(columns)]
+    assert all(told - 200 < unpacked <= told for unpacked, told in sizes) and (rows < 1000 or size < 300 or all(u > 0 for u, _ in sizes))        # less by the pages' own headers
 
 def test_a_directory_that_arrow_would_read_otherwise_is_refused(tmp_path):
     "Arrow takes a field's number for one of 16 bits, and the elements of a list for those it expects, whatever is said of them."
@@ -425,6 +428,18 @@ def test_a_directory_that_arrow_would_read_otherwise_is_refused(tmp_path):
     assert _thrift(io.BytesIO(b'\x29\x15\x04\x00'), 12, (4, 1, 3)) == {(2, 9): [2]}
     for bad in (b'\x29\x18\x04aaaa\x00', b'\x29\x11\x01\x00', b'\x2a\x15\x04\x00', b'\xf9\x1c\x00\x00'):
         with pytest.raises(ValueError, match='in its directory'): _thrift(io.BytesIO(bad), 12, (4, 1, 3))
+
+def test_a_column_whose_pages_hold_more_than_is_told_is_refused(run):
+    "Arrow reads a list to the end of its page, whatever the directory says."
+    import pyarrow as pa, pyarrow.parquet as pq
+    path, n = run.write_epoch(0, *tables())/'cliques.parquet', 100_000
+    pq.write_table(pa.table(dict(a=pa.array([[0]*n], pa.list_(pa.int8())))), path)
+    data, many, one = path.read_bytes(), b'\xc0\x9a\x0c', b'\x82\x80\x00'                  # 100,000 and 1, zigzagged, in three bytes
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], 'little')
+    assert data[start:].count(many) and len(pq.read_table(path)['a'][0]) == n
+    for lie in (data[:start] + data[start:].replace(many, one), data[:start].replace(many, one) + data[start:]):
+        path.write_bytes(lie)
+        with pytest.raises(UserError, match='its pages hold other numbers than its directory says'): run.cliques()
 
 def test_tables_that_unpack_to_much_are_refused_before_they_are_read(run, tmp_path):
     "A long text a group; two columns of one name, of which pyarrow would unpack one as a whole."
